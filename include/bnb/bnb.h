@@ -1,0 +1,10 @@
+// Everything public: #include <bnb/bnb.h>
+#pragma once
+
+#include <bnb/codebook.h>
+#include <bnb/cpu.h>
+#include <bnb/error.h>
+#include <bnb/gemm.h>
+#include <bnb/parallel.h>
+#include <bnb/quantize.h>
+#include <bnb/types.h>

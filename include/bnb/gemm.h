@@ -1,0 +1,46 @@
+// y = a * W^T + bias with a 4-bit weight W that is decoded on the way and never written back.
+//
+// W has shape [n, k], row-major, quantized as one flat row of n * k elements (bnb/quantize.h), so blocks may run over the ends of rows.
+// The arithmetic follows the type of `a`:
+//   f32         w = fp32(value * absmax), products and sums in fp32
+//   bf16, f16   w is rounded once to that type, exactly what dequantize_4bit gives; products exact, sums in fp32, one rounding at the end
+// Row i of y depends on row i of a alone: neither on m nor on the number of threads.
+// Reads n * k / 2 bytes of codes and 4 bytes per block (nested: 1) once, whatever m is. Work: 2 m n k operations.
+#pragma once
+
+#include <bnb/quantize.h>
+
+namespace bnb {
+
+// The absmax of each block, as it is or itself quantized ("double quantization", QLoRA section 3):
+//   absmax[i] = fp32(code[codes[i]] * nested[i / nested_blocksize]) + offset, each step rounded to fp32.
+struct Absmax {
+  std::span<const float> values;  // blocks_of(n * k, blocksize); used when `codes` is empty
+
+  std::span<const uint8_t> codes;  // blocks_of(n * k, blocksize)
+  std::span<const float> code;     // 256
+  std::span<const float> nested;   // blocks_of(codes.size(), nested_blocksize)
+  int64_t nested_blocksize = 256;
+  float offset = 0;
+
+  bool is_nested() const { return !codes.empty(); }
+  float operator[](int64_t block) const {
+    if (!is_nested()) return values[block];
+    const float scaled = code[codes[block]] * nested[block / nested_blocksize];
+    return scaled + offset;
+  }
+};
+
+struct Gemm4bit {
+  QuantType type = QuantType::nf4;
+  int64_t blocksize = 64;
+  int64_t m = 0, n = 0, k = 0;
+  ConstView a;                     // m * k
+  std::span<const uint8_t> codes;  // packed_size(n * k)
+  Absmax absmax;
+  ConstView bias;  // n elements, of any type; empty: none
+  View out;        // m * n, of a's type
+};
+void gemm_4bit(const Gemm4bit&);
+
+}  // namespace bnb

@@ -1,0 +1,17 @@
+// How the library spreads work over threads. By default a pool of its own, as large as the machine; a host program that has a pool
+// (torch, TBB, OpenMP) injects it. No result depends on the choice.
+#pragma once
+
+#include <cstdint>
+
+namespace bnb {
+
+// Calls body(context, begin, end) on disjoint ranges that cover [0, count), in any order, on any threads, and returns when all are done.
+// Ranges hold at least `grain` items, but for one. body does not throw.
+using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, void* context);
+
+void set_parallel_for(ParallelFor);  // nullptr: back to the pool of the library. Not to be called while an operation runs.
+void set_num_threads(int);           // of the library's own pool; 0: as many as the machine has. BNB_NUM_THREADS sets it from outside.
+
+}  // namespace bnb

@@ -1,0 +1,71 @@
+// Argument checks with one wording: "<op>: <argument> is <given>, expected <allowed>".
+#pragma once
+
+#include <bnb/error.h>
+#include <bnb/types.h>
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+namespace bnb {
+
+class Checker {
+ public:
+  explicit Checker(std::string_view op) : op_(op) {}
+
+  template <class T>
+  [[noreturn]] void fail(std::string_view argument, const T& given, std::string_view allowed) const {
+    std::string text(op_);
+    text.append(": ").append(argument).append(" is ");
+    if constexpr (std::is_arithmetic_v<T>)
+      text += std::to_string(given);
+    else
+      text += given;
+    throw Error(Errc::invalid_argument, text.append(", expected ").append(allowed));
+  }
+
+  template <class T>
+  void that(bool ok, std::string_view argument, const T& given, std::string_view allowed) const {
+    if (!ok) [[unlikely]] fail(argument, given, allowed);
+  }
+
+  void equal(std::string_view argument, int64_t given, int64_t expected, std::string_view meaning) const {
+    if (given != expected) [[unlikely]]
+      fail(argument, std::to_string(given) + " elements", std::to_string(expected) + " (" + std::string(meaning) + ")");
+  }
+
+  // A buffer of at least `needed` elements, not null unless nothing is needed.
+  template <class T>
+  void size(std::string_view argument, std::span<T> given, int64_t needed) const {
+    if (static_cast<int64_t>(given.size()) < needed || (needed > 0 && given.data() == nullptr)) [[unlikely]]
+      fail(argument, std::to_string(given.data() ? given.size() : 0) + " elements", "at least " + std::to_string(needed));
+  }
+
+  void view(std::string_view argument, const ConstView& v) const {
+    that(v.size >= 0, argument, std::to_string(v.size) + " elements", "0 or more");
+    that(v.size == 0 || v.data != nullptr, argument, "null", "a pointer to its elements");
+    that(v.dtype == DType::f32 || v.dtype == DType::f16 || v.dtype == DType::bf16, argument, "of an unknown type", "f32, f16 or bf16");
+  }
+
+  int64_t product(std::string_view argument, int64_t a, int64_t b) const {
+    int64_t result = 0;
+    if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &result)) [[unlikely]]
+      fail(argument, std::to_string(a) + " * " + std::to_string(b), "two sizes of 0 or more whose product fits 63 bits");
+    return result;
+  }
+
+  void ascending(std::string_view argument, std::span<const float> values) const {
+    for (size_t i = 1; i < values.size(); ++i)
+      if (!(values[i - 1] <= values[i])) [[unlikely]]
+        fail(argument, std::to_string(values[i]) + " at position " + std::to_string(i) + " after " + std::to_string(values[i - 1]),
+             "values in ascending order, none of them NaN");
+  }
+
+ private:
+  std::string_view op_;
+};
+
+}  // namespace bnb

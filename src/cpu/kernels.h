@@ -1,0 +1,47 @@
+// The table of CPU kernels: one entry an operation, one table an instruction set. Dispatch, tests and benchmarks iterate it.
+// Arguments are checked by src/api.cpp before a kernel sees them; a kernel gets a Range of independent units of work.
+#pragma once
+
+#include <bnb/gemm.h>
+#include <bnb/quantize.h>
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+namespace bnb::cpu {
+
+struct Range {
+  int64_t begin = 0, end = 0;
+};
+
+// The decision rule of a sorted 256-entry map, made once a call (src/cpu/codebook8.h).
+struct Encoder8;
+
+struct Kernels {
+  std::string_view isa;
+  void (*quantize_4bit)(const Quantize4bit&, Range blocks);
+  void (*dequantize_4bit)(const Dequantize4bit&, Range blocks);
+  void (*quantize_blockwise)(const QuantizeBlockwise&, const Encoder8&, Range blocks);
+  void (*dequantize_blockwise)(const DequantizeBlockwise&, Range blocks);
+
+  // gemm_4bit in two steps: `pack` brings rows of a into the order and type in which `run` wants them (written to scratch of pack_bytes),
+  // `run` computes columns [begin, end) of y for all m rows. Columns come in multiples of `column_step`, but for the last.
+  struct Gemm {
+    int64_t column_step;
+    int64_t (*pack_bytes)(const Gemm4bit&);
+    int64_t (*pack_units)(const Gemm4bit&);
+    void (*pack)(const Gemm4bit&, void* packed, Range units);
+    void (*run)(const Gemm4bit&, const void* packed, Range columns);
+  } gemm_4bit;
+};
+
+extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon;
+
+// The tables this build holds and this machine runs, best first.
+std::span<const Kernels* const> supported();
+
+// The table in use (BNB_FORCE_ISA, force_isa). Throws Error{unsupported} if the forced one cannot run here.
+const Kernels& active();
+
+}  // namespace bnb::cpu

@@ -1,0 +1,112 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace bnb {
+namespace {
+
+// One job at a time: callers that find the pool busy (another thread, or a body that calls parallel_for) run their job inline.
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (auto& w : workers_) w.join();
+  }
+
+  void run(int64_t count, int64_t grain, ParallelBody body, void* context) {
+    std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
+    const auto threads = static_cast<int64_t>(workers_.size()) + 1;
+    if (!owner || threads == 1) return body(context, 0, count);
+    // Four chunks a thread even out uneven cores; a chunk is never below the grain.
+    const int64_t chunk = std::max(grain, count / (threads * 4) + 1);
+    {
+      std::lock_guard lock(mutex_);
+      count_ = count, chunk_ = chunk, body_ = body, context_ = context;
+      next_.store(0);
+      left_ = static_cast<int>(workers_.size());
+      ++job_;
+    }
+    wake_.notify_all();
+    take_chunks();
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return left_ == 0; });
+  }
+
+ private:
+  void take_chunks() {
+    for (int64_t begin; (begin = next_.fetch_add(chunk_)) < count_;) body_(context_, begin, std::min(begin + chunk_, count_));
+  }
+  void work() {
+    for (uint64_t seen = 0;;) {
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [&] { return stop_ || job_ != seen; });
+        if (stop_) return;
+        seen = job_;
+      }
+      take_chunks();
+      std::lock_guard lock(mutex_);
+      if (--left_ == 0) done_.notify_one();
+    }
+  }
+
+  std::vector<std::thread> workers_;
+  std::mutex mutex_, busy_;
+  std::condition_variable wake_, done_;
+  bool stop_ = false;
+  uint64_t job_ = 0;
+  int left_ = 0;
+  std::atomic<int64_t> next_{0};
+  int64_t count_ = 0, chunk_ = 0;
+  ParallelBody body_ = nullptr;
+  void* context_ = nullptr;
+};
+
+int default_threads() {
+  if (const char* text = std::getenv("BNB_NUM_THREADS"))
+    if (const int n = std::atoi(text); n > 0) return std::min(n, 1024);
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+std::mutex g_pool_mutex;
+Pool* g_pool = nullptr;
+int g_threads = 0;
+
+// The pool is made on first use and never destroyed at exit: joining threads from a static destructor can hang a host program.
+Pool& pool() {
+  std::lock_guard lock(g_pool_mutex);
+  if (!g_pool) g_pool = new Pool(g_threads > 0 ? g_threads : default_threads());
+  return *g_pool;
+}
+
+void own_parallel_for(int64_t count, int64_t grain, ParallelBody body, void* context) { pool().run(count, grain, body, context); }
+
+std::atomic<ParallelFor> g_parallel_for{own_parallel_for};
+
+}  // namespace
+
+ParallelFor current_parallel_for() { return g_parallel_for.load(std::memory_order_acquire); }
+
+void set_parallel_for(ParallelFor f) { g_parallel_for.store(f ? f : own_parallel_for, std::memory_order_release); }
+
+void set_num_threads(int threads) {
+  std::lock_guard lock(g_pool_mutex);
+  delete g_pool;
+  g_pool = nullptr;
+  g_threads = threads;
+}
+
+}  // namespace bnb
