@@ -15,16 +15,11 @@ constexpr int64_t kGrainElements = 1 << 15;
 
 int64_t grain_blocks(int64_t blocksize) { return std::max<int64_t>(1, kGrainElements / blocksize); }
 
-void check_blocksize(const Checker& check, int64_t blocksize) {
-  check.that(blocksize >= kMinBlocksize && blocksize <= kMaxBlocksize && (blocksize & (blocksize - 1)) == 0, "blocksize", blocksize,
-             "a power of two from 32 to 4096");
-}
-
 }  // namespace
 
 void quantize_4bit(const Quantize4bit& d) {
   const Checker check("quantize_4bit");
-  check_blocksize(check, d.blocksize);
+  check.blocksize(d.blocksize);
   check.view("x", d.x);
   check.size("codes", d.codes, packed_size(d.x.size));
   check.size("absmax", d.absmax, blocks_of(d.x.size, d.blocksize));
@@ -35,7 +30,7 @@ void quantize_4bit(const Quantize4bit& d) {
 
 void dequantize_4bit(const Dequantize4bit& d) {
   const Checker check("dequantize_4bit");
-  check_blocksize(check, d.blocksize);
+  check.blocksize(d.blocksize);
   check.view("out", d.out);
   check.size("codes", d.codes, packed_size(d.out.size));
   check.size("absmax", d.absmax, blocks_of(d.out.size, d.blocksize));
@@ -46,7 +41,7 @@ void dequantize_4bit(const Dequantize4bit& d) {
 
 void quantize_blockwise(const QuantizeBlockwise& d) {
   const Checker check("quantize_blockwise");
-  check_blocksize(check, d.blocksize);
+  check.blocksize(d.blocksize);
   check.view("x", d.x);
   check.size("code", d.code, 256);
   check.ascending("code", d.code);
@@ -61,7 +56,7 @@ void quantize_blockwise(const QuantizeBlockwise& d) {
 
 void dequantize_blockwise(const DequantizeBlockwise& d) {
   const Checker check("dequantize_blockwise");
-  check_blocksize(check, d.blocksize);
+  check.blocksize(d.blocksize);
   check.view("out", d.out);
   check.size("code", d.code, 256);
   check.size("codes", d.codes, d.out.size);
@@ -73,7 +68,7 @@ void dequantize_blockwise(const DequantizeBlockwise& d) {
 
 void gemm_4bit(const Gemm4bit& d) {
   const Checker check("gemm_4bit");
-  check_blocksize(check, d.blocksize);
+  check.blocksize(d.blocksize);
   const int64_t weights = check.product("n * k", d.n, d.k);
   check.view("a", d.a);
   check.equal("a", d.a.size, check.product("m * k", d.m, d.k), "m * k elements");
@@ -85,7 +80,7 @@ void gemm_4bit(const Gemm4bit& d) {
   if (d.absmax.is_nested()) {
     check.size("absmax.codes", d.absmax.codes, blocks);
     check.size("absmax.code", d.absmax.code, 256);
-    check_blocksize(check, d.absmax.nested_blocksize);
+    check.blocksize(d.absmax.nested_blocksize, "absmax.nested_blocksize");
     check.size("absmax.nested", d.absmax.nested, blocks_of(blocks, d.absmax.nested_blocksize));
   } else {
     check.size("absmax.values", d.absmax.values, blocks);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <bnb/error.h>
-#include <bnb/types.h>
+#include <bnb/quantize.h>
 
 #include <cstdint>
 #include <span>
@@ -55,6 +55,10 @@ class Checker {
     if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &result)) [[unlikely]]
       fail(argument, std::to_string(a) + " * " + std::to_string(b), "two sizes of 0 or more whose product fits 63 bits");
     return result;
+  }
+
+  void blocksize(int64_t given, std::string_view argument = "blocksize") const {
+    that(given >= kMinBlocksize && given <= kMaxBlocksize && (given & (given - 1)) == 0, argument, given, "a power of two from 32 to 4096");
   }
 
   void ascending(std::string_view argument, std::span<const float> values) const {

@@ -1,0 +1,287 @@
+// The operators of torch.ops.bitsandbytes on the CPU: tensors are checked and made contiguous here, then the core runs on their memory.
+// Schemas, shape functions and autograd live in Python (bitsandbytes/_ops.py).
+#include <bnb/bnb.h>
+
+#include <algorithm>
+#include <array>
+
+#include "box.h"
+#include "check.h"
+#include "formats.h"
+
+namespace bnb::torch_ops {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+void torch_parallel(int64_t count, int64_t grain, ParallelBody body, void* context) {
+  struct Job {
+    ParallelBody body;
+    void* context;
+  } job{body, context};
+  const auto run = [](int64_t begin, int64_t end, void* j) { static_cast<Job*>(j)->body(static_cast<Job*>(j)->context, begin, end); };
+  STD_TORCH_CHECK(torch_parallel_for(0, count, grain, run, &job) == 0, "parallel_for failed");
+}
+
+const char* name_of(ScalarType t) { return torch::headeronly::toString(t); }
+
+struct Args : Checker {
+  using Checker::Checker;
+
+  // The tensor as the core may read it: on the CPU, contiguous.
+  Tensor input(std::string_view argument, const Tensor& t) const {
+    on_cpu(argument, t);
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
+  void on_cpu(std::string_view argument, const Tensor& t) const {
+    if (!t.is_cpu()) [[unlikely]]
+      fail(argument, "on another device", "a CPU tensor, as the other arguments are");
+  }
+  void type(std::string_view argument, const Tensor& t, ScalarType wanted) const {
+    if (t.scalar_type() != wanted) [[unlikely]]
+      fail(argument, std::string("of dtype ") + name_of(t.scalar_type()), name_of(wanted));
+  }
+  DType float_type(std::string_view argument, ScalarType t) const {
+    switch (t) {
+      case ScalarType::Float: return DType::f32;
+      case ScalarType::Half: return DType::f16;
+      case ScalarType::BFloat16: return DType::bf16;
+      default: fail(argument, std::string("of dtype ") + name_of(t), "float32, float16 or bfloat16");
+    }
+  }
+  QuantType quant_type(std::string_view text) const {
+    for (QuantType t : {QuantType::nf4, QuantType::fp4})
+      if (name(t) == text) return t;
+    fail("quant_type", "\"" + std::string(text) + "\"", "\"nf4\" or \"fp4\"");
+  }
+
+  Tensor floats(std::string_view argument, const Tensor& t) const {
+    type(argument, t, ScalarType::Float);
+    return input(argument, t);
+  }
+  ConstView values(std::string_view argument, const Tensor& contiguous) const {
+    return {contiguous.numel() ? contiguous.const_data_ptr() : nullptr, float_type(argument, contiguous.scalar_type()), contiguous.numel()};
+  }
+  int64_t elements(std::string_view argument, std::span<const int64_t> shape) const {
+    int64_t n = 1;
+    for (int64_t s : shape) n = product(argument, n, s);
+    return n;
+  }
+  // An `out` tensor: contiguous, of the given type and number of elements.
+  View output(const Tensor& out, ScalarType dtype, int64_t n) const {
+    on_cpu("out", out);
+    type("out", out, dtype);
+    if (!out.is_contiguous()) fail("out", "not contiguous", "a contiguous tensor");
+    equal("out", out.numel(), n, "as shape says");
+    return {n ? out.mutable_data_ptr() : nullptr, float_type("out", dtype), n};
+  }
+};
+
+template <class T>
+std::span<const T> read(const Tensor& t) {
+  const auto n = static_cast<size_t>(t.numel());
+  return {n ? static_cast<const T*>(t.const_data_ptr()) : nullptr, n};
+}
+template <class T>
+std::span<T> write(const Tensor& t) {
+  const auto n = static_cast<size_t>(t.numel());
+  return {n ? static_cast<T*>(t.mutable_data_ptr()) : nullptr, n};
+}
+
+int64_t item_size(ScalarType t) {
+  return static_cast<int64_t>(aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(t))));
+}
+
+// Quantized weights may be stored under any dtype; what counts is their bytes.
+std::span<const uint8_t> bytes(const Tensor& t) {
+  const int64_t n = t.numel() * item_size(t.scalar_type());
+  return {n ? static_cast<const uint8_t*>(t.const_data_ptr()) : nullptr, static_cast<size_t>(n)};
+}
+std::span<uint8_t> mutable_bytes(const Tensor& t) {
+  const int64_t n = t.numel() * item_size(t.scalar_type());
+  return {n ? static_cast<uint8_t*>(t.mutable_data_ptr()) : nullptr, static_cast<size_t>(n)};
+}
+
+Tensor new_empty(const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+}
+
+std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a, int64_t blocksize, const Str& quant_type, ScalarType storage) {
+  const Args args("quantize_4bit");
+  const Tensor x = args.input("A", a);
+  Quantize4bit d{args.quant_type(quant_type), blocksize, args.values("A", x), {}, {}};
+  args.blocksize(blocksize);
+  const int64_t packed = packed_size(d.x.size);
+  const Tensor absmax = new_empty(x, std::array{blocks_of(d.x.size, blocksize)}, ScalarType::Float);
+  // Whole storage elements; bytes behind the last code are zero.
+  const Tensor out = new_empty(x, std::array{blocks_of(packed, item_size(storage)), int64_t{1}}, storage);
+  d.codes = mutable_bytes(out);
+  d.absmax = write<float>(absmax);
+  bnb::quantize_4bit(d);
+  std::fill(d.codes.begin() + packed, d.codes.end(), uint8_t{0});
+  return {out, absmax};
+}
+
+void dequantize_4bit_out(const Tensor& a, const Tensor& absmax, int64_t blocksize, const Str& quant_type, const Sizes& shape, ScalarType dtype,
+                         const Tensor& out) {
+  const Args args("dequantize_4bit");
+  const Tensor codes = args.input("A", a), scales = args.floats("absmax", absmax);
+  const View y = args.output(out, dtype, args.elements("shape", shape));
+  bnb::dequantize_4bit({args.quant_type(quant_type), blocksize, bytes(codes), read<float>(scales), y});
+}
+
+Tensor dequantize_4bit(const Tensor& a, const Tensor& absmax, int64_t blocksize, const Str& quant_type, const Sizes& shape, ScalarType dtype) {
+  const Args args("dequantize_4bit");
+  args.float_type("dtype", dtype);
+  const int64_t n = args.elements("shape", shape);
+  args.size("A", bytes(args.input("A", a)), packed_size(n));  // before memory of that size is asked for
+  const Tensor out = new_empty(a, shape, dtype);
+  dequantize_4bit_out(a, absmax, blocksize, quant_type, shape, dtype, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& a, const Tensor& code, int64_t blocksize) {
+  const Args args("quantize_blockwise");
+  const Tensor x = args.input("A", a), map = args.floats("code", code);
+  args.blocksize(blocksize);
+  const ConstView values = args.values("A", x);
+  const Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Byte);
+  const Tensor absmax = new_empty(x, std::array{blocks_of(values.size, blocksize)}, ScalarType::Float);
+  bnb::quantize_blockwise({blocksize, read<float>(map), values, write<uint8_t>(out), write<float>(absmax)});
+  return {out, absmax};
+}
+
+void dequantize_blockwise_out(const Tensor& a, const Tensor& absmax, const Tensor& code, int64_t blocksize, ScalarType dtype, const Tensor& out) {
+  const Args args("dequantize_blockwise");
+  args.type("A", a, ScalarType::Byte);
+  const Tensor codes = args.input("A", a), scales = args.floats("absmax", absmax), map = args.floats("code", code);
+  const View y = args.output(out, dtype, codes.numel());
+  bnb::dequantize_blockwise({blocksize, read<float>(map), read<uint8_t>(codes), read<float>(scales), y});
+}
+
+Tensor dequantize_blockwise(const Tensor& a, const Tensor& absmax, const Tensor& code, int64_t blocksize, ScalarType dtype) {
+  const Args args("dequantize_blockwise");
+  args.float_type("dtype", dtype);
+  args.type("A", a, ScalarType::Byte);
+  args.on_cpu("A", a);
+  const Tensor out = torch::stable::new_empty(a, a.sizes(), dtype);
+  dequantize_blockwise_out(a, absmax, code, blocksize, dtype, out);
+  return out;
+}
+
+// y = a @ W^T: the parts that gemm_4bit and gemv_4bit share. `d` holds the weight; shapes are [..., k] x [n, k] -> [..., n].
+struct Product {
+  const Args& args;
+  Gemm4bit d;
+  Tensor a;
+
+  Product(const Args& args, const Tensor& activations, const Sizes& shape_b) : args(args), a(args.input("A", activations)) {
+    d.a = args.values("A", a);
+    if (shape_b.size() != 2 || shape_b[0] < 0 || shape_b[1] < 0)
+      args.fail("shapeB", std::to_string(shape_b.size()) + " sizes", "the two sizes [n, k] of the weight");
+    d.n = shape_b[0];
+    d.k = shape_b[1];
+    const auto shape = a.sizes();
+    if (shape.size() == 0 || shape[shape.size() - 1] != d.k)
+      args.fail("A", shape.size() ? "of last size " + std::to_string(shape[shape.size() - 1]) : "a scalar",
+                "a last size of " + std::to_string(d.k) + ", as shapeB says");
+    d.m = args.elements("A", {shape.data(), shape.size() - 1});
+  }
+  Tensor new_out() const {
+    args.product("shapeB", d.n, d.k);
+    args.size("B", d.codes, packed_size(d.n * d.k));
+    Sizes shape(a.sizes().begin(), a.sizes().end());
+    shape.back() = d.n;
+    return new_empty(a, shape, a.scalar_type());
+  }
+  void run_into(const Tensor& out) {
+    d.out = args.output(out, a.scalar_type(), args.product("out", d.m, d.n));
+    bnb::gemm_4bit(d);
+  }
+};
+
+Tensor gemm_4bit(const Tensor& activations, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, int64_t blocksize,
+                 const Str& quant_type, const std::optional<Tensor>& bias, const std::optional<Tensor>& absmax_8bit,
+                 const std::optional<Tensor>& absmax_code, const std::optional<Tensor>& absmax_offset) {
+  const Args args("gemm_4bit");
+  Product product(args, activations, shape_b);
+  const Tensor codes = args.input("B", b), scales = args.floats("absmax", absmax);
+  auto& d = product.d;
+  d.type = args.quant_type(quant_type);
+  d.blocksize = blocksize;
+  d.codes = bytes(codes);
+  std::optional<Tensor> kept_bias, kept_8bit, kept_code, kept_offset;  // contiguous copies live as long as the call
+  if (bias) {
+    kept_bias = args.input("bias", *bias);
+    d.bias = args.values("bias", *kept_bias);
+    args.equal("bias", d.bias.size, d.n, "n elements");
+  }
+  if (absmax_8bit) {
+    if (!absmax_code || !absmax_offset) args.fail("absmax_8bit", "given alone", "absmax_code and absmax_offset beside it");
+    args.type("absmax_8bit", *absmax_8bit, ScalarType::Byte);
+    kept_8bit = args.input("absmax_8bit", *absmax_8bit);
+    kept_code = args.floats("absmax_code", *absmax_code);
+    kept_offset = args.floats("absmax_offset", *absmax_offset);
+    args.equal("absmax_offset", kept_offset->numel(), 1, "one value");
+    d.absmax.codes = read<uint8_t>(*kept_8bit);
+    d.absmax.code = read<float>(*kept_code);
+    d.absmax.nested = read<float>(scales);
+    d.absmax.offset = read<float>(*kept_offset)[0];
+  } else {
+    d.absmax.values = read<float>(scales);
+  }
+  const Tensor out = product.new_out();
+  product.run_into(out);
+  return out;
+}
+
+// gemv_4bit names the format by its code values.
+QuantType type_of_code(const Args& args, const Tensor& code) {
+  const Tensor map = args.floats("code", code);
+  const auto given = read<float>(map);
+  for (QuantType t : {QuantType::nf4, QuantType::fp4})
+    if (std::ranges::equal(given, values_of(t))) return t;
+  args.fail("code", std::to_string(given.size()) + " other values", "the 16 values of nf4 or fp4");
+}
+
+void gemv_4bit_into(const Args& args, Product& product, const Tensor& b, const Tensor& absmax, const Tensor& code, int64_t blocksize,
+                    const Tensor* out, Tensor* result) {
+  const Tensor codes = args.input("B", b), scales = args.floats("absmax", absmax);
+  product.d.type = type_of_code(args, code);
+  product.d.blocksize = blocksize;
+  product.d.codes = bytes(codes);
+  product.d.absmax.values = read<float>(scales);
+  if (!out) *result = product.new_out();
+  product.run_into(out ? *out : *result);
+}
+
+Tensor gemv_4bit(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, const Tensor& code, int64_t blocksize) {
+  const Args args("gemv_4bit");
+  Product product(args, a, shape_b);
+  Tensor out;
+  gemv_4bit_into(args, product, b, absmax, code, blocksize, nullptr, &out);
+  return out;
+}
+
+void gemv_4bit_out(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, const Tensor& code, int64_t blocksize,
+                   const Tensor& out) {
+  const Args args("gemv_4bit");
+  Product product(args, a, shape_b);
+  gemv_4bit_into(args, product, b, absmax, code, blocksize, &out, nullptr);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) {
+  set_parallel_for(torch_parallel);
+  m.impl("quantize_4bit", Boxed<quantize_4bit>::call);
+  m.impl("dequantize_4bit", Boxed<dequantize_4bit>::call);
+  m.impl("dequantize_4bit.out", Boxed<dequantize_4bit_out>::call);
+  m.impl("quantize_blockwise", Boxed<quantize_blockwise>::call);
+  m.impl("dequantize_blockwise", Boxed<dequantize_blockwise>::call);
+  m.impl("dequantize_blockwise.out", Boxed<dequantize_blockwise_out>::call);
+  m.impl("gemv_4bit", Boxed<gemv_4bit>::call);
+  m.impl("gemv_4bit.out", Boxed<gemv_4bit_out>::call);
+  m.impl("gemm_4bit", Boxed<gemm_4bit>::call);
+}
+
+}  // namespace
+}  // namespace bnb::torch_ops
