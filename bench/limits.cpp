@@ -1,0 +1,237 @@
+// What this machine can do, for the percentages of the benchmark: prints one JSON object
+//   {"threads": {"1": {"read": GB/s, "copy": GB/s, "write": GB/s, "cache": GB/s, "fma": GFLOP/s, "bf16": GFLOP/s}, "2": {...}},
+//    "fma_isa": "avx512f", "bf16_isa": "amx"}
+// read   reading 256 MiB                        write  non-temporal stores to 256 MiB of mapped pages
+// copy   non-temporal copy, read + written      cache  reading 8 MiB again and again (the weights of one 4096x4096 4-bit layer)
+// fma    fp32 multiply-adds in registers        bf16   the best of fma, vdpbf16ps and tdpbf16ps, products of bf16 with fp32 sums
+// Each figure is the best of several runs. Usage: bnb_limits [threads ...]
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr size_t kBytes = size_t{256} << 20, kCacheBytes = size_t{8} << 20;
+constexpr int64_t kSteps = 1 << 19;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+Buffer buffer(size_t bytes, int fill) {
+  Buffer p(static_cast<char*>(std::aligned_alloc(4096, bytes)));
+  std::memset(p.get(), fill, bytes);
+  return p;
+}
+
+struct Range {
+  size_t begin, end;
+};
+
+// Seconds of the fastest of `repeats` runs of body(thread) on `threads` threads.
+double best(int threads, int repeats, const std::function<void(int)>& body) {
+  double seconds = 1e30;
+  for (int r = 0; r < repeats; ++r) {
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<std::thread> pool;
+    for (int t = 1; t < threads; ++t) pool.emplace_back(body, t);
+    body(0);
+    for (auto& t : pool) t.join();
+    seconds = std::min(seconds, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return seconds;
+}
+
+// The widest instructions of this machine for each thing.
+struct Machine {
+  uint64_t (*read)(const char*, size_t);
+  void (*write)(char*, size_t);
+  void (*copy)(char*, const char*, size_t);
+  double (*fma)();  // returns the operations done
+  double (*bf16)();
+  std::string fma_isa, bf16_isa;
+};
+
+uint64_t read_plain(const char* p, size_t n) {
+  uint64_t s[4] = {};
+  for (size_t i = 0; i < n; i += 32) {
+    uint64_t v[4];
+    std::memcpy(v, p + i, 32);
+    for (int k = 0; k < 4; ++k) s[k] += v[k];
+  }
+  return s[0] + s[1] + s[2] + s[3];
+}
+void write_plain(char* p, size_t n) { std::memset(p, 1, n); }
+void copy_plain(char* out, const char* in, size_t n) { std::memcpy(out, in, n); }
+
+double fma_plain() {
+  float s[32] = {};
+  volatile float x = 1.0f;
+  const float a = x;
+  for (int64_t i = 0; i < kSteps; ++i)
+    for (float& v : s) v = v * a + a;
+  volatile float sink = 0;
+  for (float v : s) sink = sink + v;
+  return 2.0 * 32 * kSteps;
+}
+
+#if defined(__x86_64__)
+
+#define TARGET(isa) __attribute__((target(isa)))
+
+TARGET("avx2") uint64_t read_avx2(const char* p, size_t n) {
+  __m256i s[4] = {};
+  for (size_t i = 0; i < n; i += 128)
+    for (int k = 0; k < 4; ++k) s[k] = _mm256_add_epi64(s[k], _mm256_load_si256(reinterpret_cast<const __m256i*>(p + i + 32 * k)));
+  const __m256i t = _mm256_add_epi64(_mm256_add_epi64(s[0], s[1]), _mm256_add_epi64(s[2], s[3]));
+  return _mm256_extract_epi64(t, 0) + _mm256_extract_epi64(t, 1) + _mm256_extract_epi64(t, 2) + _mm256_extract_epi64(t, 3);
+}
+TARGET("avx2") void write_avx2(char* p, size_t n) {
+  for (size_t i = 0; i < n; i += 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(p + i), _mm256_set1_epi8(1));
+  _mm_sfence();
+}
+TARGET("avx2") void copy_avx2(char* out, const char* in, size_t n) {
+  for (size_t i = 0; i < n; i += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), _mm256_load_si256(reinterpret_cast<const __m256i*>(in + i)));
+  _mm_sfence();
+}
+// Instructions of their own, for a compiler merges equal sums and GCC 12 spills those of the vdpbf16ps intrinsic.
+TARGET("avx2,fma") double fma_avx2() {
+  __m256 s[12] = {};
+  const __m256 a = _mm256_set1_ps(1.0f);
+  for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 24
+    for (auto& v : s) asm volatile("vfmadd231ps %1, %1, %0" : "+x"(v) : "x"(a));
+  return 2.0 * 8 * 12 * kSteps;
+}
+
+TARGET("avx512f") uint64_t read_avx512(const char* p, size_t n) {
+  __m512i s[4] = {};
+  for (size_t i = 0; i < n; i += 256)
+    for (int k = 0; k < 4; ++k) s[k] = _mm512_add_epi64(s[k], _mm512_load_si512(p + i + 64 * k));
+  alignas(64) uint64_t lanes[8];
+  _mm512_store_si512(lanes, _mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3])));
+  return std::accumulate(lanes, lanes + 8, uint64_t{0});
+}
+TARGET("avx512f") void write_avx512(char* p, size_t n) {
+  for (size_t i = 0; i < n; i += 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(p + i), _mm512_set1_epi32(1));
+  _mm_sfence();
+}
+TARGET("avx512f") void copy_avx512(char* out, const char* in, size_t n) {
+  for (size_t i = 0; i < n; i += 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_load_si512(in + i));
+  _mm_sfence();
+}
+TARGET("avx512f") double fma_avx512() {
+  __m512 s[24] = {};
+  const __m512 a = _mm512_set1_ps(1.0f);
+  for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 24
+    for (auto& v : s) asm volatile("vfmadd231ps %1, %1, %0" : "+v"(v) : "v"(a));
+  return 2.0 * 16 * 24 * kSteps;
+}
+TARGET("avx512f,avx512bf16") double dot_avx512bf16() {
+  __m512 s[24] = {};
+  const __m512 a = _mm512_setzero_ps();
+  for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 24
+    for (auto& v : s) asm volatile("vdpbf16ps %1, %1, %0" : "+v"(v) : "v"(a));
+  return 2.0 * 32 * 24 * kSteps;
+}
+double tiles_amx() {
+  struct alignas(64) Shape {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shape;
+  for (int t = 0; t < 8; ++t) shape.row_bytes[t] = 64, shape.rows[t] = 16;
+  asm volatile("ldtilecfg %0" ::"m"(shape));
+  asm volatile(
+      "tilezero %%tmm0; tilezero %%tmm1; tilezero %%tmm2; tilezero %%tmm3; tilezero %%tmm4; tilezero %%tmm5; "
+      "tilezero %%tmm6; tilezero %%tmm7" ::);
+  for (int64_t i = 0; i < kSteps / 4; ++i)
+    asm volatile(
+        "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1; "
+        "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
+  asm volatile("tilerelease" ::);
+  return 2.0 * 16 * 16 * 32 * 4 * (kSteps / 4);
+}
+
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl: Linux hands out the tile registers on request
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+Machine machine() {
+  Machine m{read_plain, write_plain, copy_plain, fma_plain, fma_plain, "sse2", "sse2"};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    m = {read_avx2, write_avx2, copy_avx2, fma_avx2, fma_avx2, "avx2", "avx2"};
+  if (__builtin_cpu_supports("avx512f")) m = {read_avx512, write_avx512, copy_avx512, fma_avx512, fma_avx512, "avx512f", "avx512f"};
+  if (__builtin_cpu_supports("avx512bf16")) m.bf16 = dot_avx512bf16, m.bf16_isa = "avx512bf16";
+  if (has_amx_bf16()) m.bf16 = tiles_amx, m.bf16_isa = "amx";
+  return m;
+}
+#else
+Machine machine() { return {read_plain, write_plain, copy_plain, fma_plain, fma_plain, "plain", "plain"}; }
+#endif
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<int> counts;
+  for (int i = 1; i < argc; ++i) counts.push_back(std::max(1, std::atoi(argv[i])));
+  if (counts.empty()) counts = {1, static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))};
+
+  const Machine m = machine();
+  const Buffer a = buffer(kBytes, 1), b = buffer(kBytes, 2);
+  std::printf("{\"threads\": {");
+  for (size_t c = 0; c < counts.size(); ++c) {
+    const int n = counts[c];
+    const auto part = [&](size_t bytes, int t) {
+      const size_t step = bytes / n / 4096 * 4096;
+      return Range{t * step, t * step + step};
+    };
+    const auto rate = [&](double factor, size_t bytes, int repeats, const std::function<void(Range)>& body) {
+      return factor * (bytes / n / 4096 * 4096) * n / best(n, repeats, [&](int t) { body(part(bytes, t)); }) / 1e9;
+    };
+    const auto peak = [&](double (*f)()) {
+      double work = 0;
+      const double seconds = best(n, 7, [&](int t) {
+        const double w = f();
+        if (t == 0) work = w;
+      });
+      return work * n / seconds / 1e9;
+    };
+    std::atomic<uint64_t> sum = 0;  // keeps the reads from being dropped
+    const double read = rate(1, kBytes, 7, [&](Range r) { sum += m.read(a.get() + r.begin, r.end - r.begin); });
+    const double write = rate(1, kBytes, 7, [&](Range r) { m.write(b.get() + r.begin, r.end - r.begin); });
+    const double copy = rate(2, kBytes, 7, [&](Range r) { m.copy(b.get() + r.begin, a.get() + r.begin, r.end - r.begin); });
+    constexpr int kTurns = 32;
+    const double cache = rate(kTurns, kCacheBytes, 7, [&](Range r) {
+      for (int i = 0; i < kTurns; ++i) sum += m.read(a.get() + r.begin, r.end - r.begin);
+    });
+    const double fma = peak(m.fma), bf16 = std::max(fma, peak(m.bf16));
+    std::printf("%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"cache\": %.2f, \"fma\": %.1f, \"bf16\": %.1f}",
+                c ? ", " : "", n, read, copy, write, cache, fma, bf16);
+  }
+  std::printf("}, \"fma_isa\": \"%s\", \"bf16_isa\": \"%s\"}\n", m.fma_isa.c_str(), m.bf16_isa.c_str());
+}
