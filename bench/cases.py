@@ -1,0 +1,251 @@
+"""The table of cases. Both packages run each of them through the same public Python API.
+
+A case states the bytes it must move and the operations it must do, so that a rate and a share of the machine's limit
+follow from its time. `reach` is the ratio to reach: time of the reference / time of the project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Call = Callable[[], Any]
+
+SCALE = 4 / 64  # bytes of absmax an element, in blocks of 64
+SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+SQUARE = (4096, 4096)
+FLAT = 1 << 22
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[], Call]  # prepares the data, gives the call to be timed
+    bound: str = (
+        ""  # which limit it is held against: read, copy, cache (bytes); fma, bf16 (operations); "": call overhead
+    )
+    bytes: float = 0
+    flops: float = 0
+    reach: float | None = None
+    versus: str = ""  # another way to do what this case of the table does: compared with the project only
+
+    @property
+    def family(self) -> str:
+        return self.name.split()[0]
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def _randn(*shape: int, dtype: str) -> Any:
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(_dtype(dtype))
+
+
+def quantize(kind: str, dtype: str, nested: bool, reach: float) -> Case:
+    def make() -> Call:
+        import bitsandbytes.functional as F
+
+        x = _randn(*SQUARE, dtype=dtype)
+        return lambda: F.quantize_4bit(x, blocksize=64, quant_type=kind, compress_statistics=nested)
+
+    name = f"quantize_4bit {kind} 4096x4096 {dtype}{' nested' * nested}"
+    n = SQUARE[0] * SQUARE[1]
+    return Case(name, make, "copy", n * (SIZE[dtype] + 0.5 + SCALE), reach=reach)
+
+
+def dequantize(kind: str, dtype: str, reach: float | None) -> Case:
+    def make() -> Call:
+        import bitsandbytes.functional as F
+
+        packed, state = F.quantize_4bit(_randn(*SQUARE, dtype=dtype), blocksize=64, quant_type=kind)
+        return lambda: F.dequantize_4bit(packed, state)
+
+    n = SQUARE[0] * SQUARE[1]
+    return Case(f"dequantize_4bit {kind} 4096x4096 {dtype}", make, "copy", n * (SIZE[dtype] + 0.5 + SCALE), reach=reach)
+
+
+def quantize_blockwise(dtype: str, reach: float) -> Case:
+    def make() -> Call:
+        import bitsandbytes.functional as F
+
+        x = _randn(FLAT, dtype=dtype)
+        return lambda: F.quantize_blockwise(x, blocksize=256)
+
+    return Case(f"quantize_blockwise 4M {dtype}", make, "copy", FLAT * (SIZE[dtype] + 1 + 4 / 256), reach=reach)
+
+
+def dequantize_blockwise(dtype: str, reach: float) -> Case:
+    def make() -> Call:
+        import bitsandbytes.functional as F
+
+        codes, state = F.quantize_blockwise(_randn(FLAT, dtype=dtype), blocksize=256)
+        return lambda: F.dequantize_blockwise(codes, state)
+
+    return Case(f"dequantize_blockwise 4M {dtype}", make, "copy", FLAT * (SIZE[dtype] + 1 + 4 / 256), reach=reach)
+
+
+def _layer(k: int, n: int, dtype: str) -> Any:
+    import torch
+
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(
+        k, n, bias=False, compute_dtype=_dtype(dtype), quant_type="nf4", compress_statistics=False
+    )
+    with torch.no_grad():
+        layer.weight.data = _randn(n, k, dtype=dtype) / k**0.5
+    return layer.to("cpu")  # this is what quantizes
+
+
+def _linear_name(dtype: str, m: int, n: int, k: int) -> str:
+    return f"Linear4bit {dtype} {n}x{k} M={m}"
+
+
+def _matmul_bytes(dtype: str, m: int, n: int, k: int, weight: float = 0.5 + SCALE) -> float:
+    return n * k * weight + m * (n + k) * SIZE[dtype]
+
+
+def linear(
+    dtype: str, m: int, reach: float | None, n: int = 4096, k: int = 4096, bound: str = "", layers: int = 1
+) -> Case:
+    def make() -> Call:
+        import torch
+
+        stack = [_layer(k, n, dtype).eval() for _ in range(layers)]
+        x = _randn(m, k, dtype=dtype)
+
+        def call() -> None:
+            with torch.inference_mode():
+                for layer in stack:
+                    layer(x)
+
+        return call
+
+    name = _linear_name(dtype, m, n, k) + f" {layers} layers in turn" * (layers > 1)
+    return Case(name, make, bound, layers * _matmul_bytes(dtype, m, n, k), layers * 2.0 * m * n * k, reach)
+
+
+def linear_training(dtype: str, m: int, reach: float) -> Case:
+    def make() -> Call:
+        layer = _layer(4096, 4096, dtype)
+        x = _randn(m, 4096, dtype=dtype).requires_grad_()
+        gradient = _randn(m, 4096, dtype=dtype)
+
+        def call() -> None:
+            x.grad = None
+            layer(x).backward(gradient)
+
+        return call
+
+    flops = 2 * 2.0 * m * 4096 * 4096
+    name = f"Linear4bit {dtype} 4096x4096 M={m} forward + backward"
+    return Case(name, make, "bf16", 2 * _matmul_bytes(dtype, m, 4096, 4096), flops, reach)
+
+
+def torch_linear(m: int, reach: float) -> Case:
+    def make() -> Call:
+        import torch
+
+        weight, x = _randn(4096, 4096, dtype="bf16") / 64, _randn(m, 4096, dtype="bf16")
+
+        def call() -> Any:
+            with torch.inference_mode():
+                return torch.nn.functional.linear(x, weight)
+
+        return call
+
+    flops = 2.0 * m * 4096 * 4096
+    size = _matmul_bytes("bf16", m, 4096, 4096, 2)
+    return Case(f"nn.Linear bf16 M={m}", make, "", size, flops, reach, _linear_name("bf16", m, 4096, 4096))
+
+
+def dequantize_then_linear(dtype: str, m: int, reach: float) -> Case:
+    def make() -> Call:
+        import torch
+
+        import bitsandbytes.functional as F
+
+        packed, state = F.quantize_4bit(_randn(4096, 4096, dtype=dtype) / 64, blocksize=64, quant_type="nf4")
+        x = _randn(m, 4096, dtype=dtype)
+
+        def call() -> Any:
+            with torch.inference_mode():
+                return torch.nn.functional.linear(x, F.dequantize_4bit(packed, state))
+
+        return call
+
+    flops = 2.0 * m * 4096 * 4096
+    size = _matmul_bytes(dtype, m, 4096, 4096)
+    return Case(f"dequantize + linear {dtype} M={m}", make, "", size, flops, reach, _linear_name(dtype, m, 4096, 4096))
+
+
+CASES: tuple[Case, ...] = (
+    quantize("nf4", "bf16", False, 80),
+    quantize("nf4", "fp32", False, 70),
+    quantize("nf4", "bf16", True, 70),
+    quantize("fp4", "bf16", False, 100),
+    dequantize("nf4", "bf16", 3),
+    dequantize("nf4", "fp32", 3),
+    dequantize("fp4", "bf16", None),
+    quantize_blockwise("fp32", 15),
+    quantize_blockwise("bf16", 15),
+    dequantize_blockwise("fp32", 1.5),
+    dequantize_blockwise("bf16", 2.5),
+    linear("bf16", 1, 1.25, bound="cache"),
+    linear("bf16", 1, 1.25, bound="read", layers=20),
+    linear("bf16", 8, 1.3, bound="cache"),
+    linear("bf16", 32, 1.35, bound="bf16"),
+    linear("bf16", 128, 1.35, bound="bf16"),
+    linear("bf16", 512, 1.45, bound="bf16"),
+    linear("bf16", 1, 3, n=1536, k=576),
+    linear("bf16", 1, 3, n=64, k=64),
+    linear("fp32", 1, 0.8, bound="cache"),
+    linear("fp32", 128, 0.7, bound="fma"),
+    linear_training("bf16", 256, 1.6),
+    *(torch_linear(m, 1 if m <= 32 else 0.95) for m in (1, 8, 32, 128, 512)),
+    *(dequantize_then_linear("bf16", m, 1) for m in (1, 8, 32, 128, 512)),
+    *(dequantize_then_linear("fp32", m, 1) for m in (1, 128)),
+)
+BY_NAME = {case.name: case for case in CASES}
+assert len(BY_NAME) == len(CASES)
+
+# ./dev bench --isa: what holds the project, and torch under it, to one instruction set as on a machine that has no more.
+ISA_ENV = {
+    "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "avx512bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "amx": {},
+}
+# Against the best instruction set of the same machine: the share of the rate that a family of cases must keep on AVX2.
+ISA_REACH = dict.fromkeys(("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise"), 0.4)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the real model: its key in the output of bench.real_model, and the ratio to reach."""
+
+    key: str
+    title: str
+    more_is_better: bool
+    reach: float | None = None
+
+
+MODEL_MODES = ("nf4", "fp4")
+MODEL_FIGURES = (
+    Figure("load", "load s", False, 2),
+    Figure("mb", "model MB", False),
+    Figure("decode", "decode tokens/s", True, 1.5),
+    Figure("prefill", "prefill tokens/s", True, 1.3),
+    Figure("perplexity", "perplexity", False),
+    Figure("rss", "peak RSS MB", False, 1),
+)
+IMPORT_NAME = "import beyond torch"
+IMPORT_CODE = "import torch, time; t = time.perf_counter(); import bitsandbytes; print(time.perf_counter() - t)"
+IMPORT_LIMIT_S = 0.15
