@@ -1,5 +1,5 @@
 // The constants of every format, each once: code values and decision thresholds. Thresholds are data, never derived from the values:
-// several differ from the fp32 midpoints (docs/NUMERICS.md). A code counts the thresholds t with strict  t > threshold.
+// several differ from the fp32 midpoints (docs/NUMERICS.md).
 #pragma once
 
 #include <bnb/types.h>
@@ -9,29 +9,31 @@
 
 namespace bnb {
 
+// The code of t is codes[number of thresholds below t]: strict t > threshold.
 struct Nf4 {
   static constexpr QuantType type = QuantType::nf4;
-  static constexpr uint8_t zero_code = 7;  // decodes to 0; NaN takes it
   static constexpr std::array<float, 16> values = {
       -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
       -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
       0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-  // t in ascending order; the code is the number of thresholds below t.
   static constexpr std::array<float, 15> thresholds = {
       -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
       -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f, 0.2035212516784668f,
       0.2920137718319893f, 0.3893125355243683f, 0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f};
+  static constexpr std::array<uint8_t, 16> codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 };
 
 struct Fp4 {
   static constexpr QuantType type = QuantType::fp4;
-  static constexpr uint8_t zero_code = 0;
   static constexpr std::array<float, 16> values = {
       0.0f, 0.005208333333f, 0.66666667f, 1.0f, 0.33333333f, 0.5f, 0.16666667f, 0.25f,
       -0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f};
-  // On |t|, ascending; magnitude code = codes[number of thresholds below |t|], plus 8 for x < 0.
-  static constexpr std::array<float, 7> thresholds = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f, 0.4166667f, 0.583333f, 0.8333333f};
-  static constexpr std::array<uint8_t, 8> codes = {0, 1, 6, 7, 4, 5, 2, 3};
+  // The released package's on the CPU, symmetric. A tiny t > 0 takes code 8, a tiny t <= 0 code 0 (docs/NUMERICS.md).
+  static constexpr std::array<float, 15> thresholds = {
+      -0.8333333730697632f, -0.5833333730697632f, -0.4166666865348816f, -0.2916666865348816f, -0.2083333432674408f, -0.0859375f,
+      -0.0026041667442768812f, 0.0f, 0.0026041667442768812f, 0.0859375f, 0.2083333432674408f, 0.2916666865348816f,
+      0.4166666865348816f, 0.5833333730697632f, 0.8333333730697632f};
+  static constexpr std::array<uint8_t, 16> codes = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
 };
 
 // f(Nf4{}) or f(Fp4{}): the one place where a format becomes a type.
