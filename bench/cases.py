@@ -215,7 +215,7 @@ CASES: tuple[Case, ...] = (
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES)
 
-# ./dev bench --isa: what holds the project, and torch under it, to one instruction set as on a machine that has no more.
+# ./dev bench --isa: what holds the project, and torch under it, to one instruction set as on a machine without more.
 ISA_ENV = {
     "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},

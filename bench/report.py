@@ -97,7 +97,7 @@ def import_line(found: dict[str, Any]) -> str:
 
 
 def model_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for figure in cases.MODEL_FIGURES:
         ours, reference = (found["figures"][side][figure.key] for side in ("ours", "reference"))
         ratio = ours / reference if figure.more_is_better else reference / ours
