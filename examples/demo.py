@@ -74,11 +74,9 @@ def measure(mode: str, progress: Progress) -> dict[str, Any]:
 def main() -> None:
     progress = Progress()
     begin = time.perf_counter()
-    if not any(real_model.cache_dir().glob("smollm2*")):
+    if not real_model.is_cached():
         progress.show(f"first run: converting SmolLM2-135M-Instruct to bf16 safetensors in {real_model.cache_dir()}")
-        convert = "from bench import real_model; real_model.model_path()"
-        folder = Path(real_model.__file__).parent.parent
-        subprocess.run([sys.executable, "-c", convert], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+        real_model.model_path()
         progress.clear()
     result = {mode: measure(mode, progress) for mode in MODES}
 
