@@ -1,0 +1,72 @@
+// y[i] = value[code[i]] * absmax[i / blocksize] in fp32, rounded once to T.
+#pragma once
+
+#include "../formats.h"
+#include "kernels.h"
+#include "quantize.h"
+
+namespace bnb::cpu {
+namespace {
+
+// Outputs of at least this many bytes go past the caches: they would be evicted before anyone reads them.
+inline constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+template <class Isa>
+struct Dequantize {
+  // Reads 1 / per_byte, writes sizeof(T) per element. decode(codes, n, absmax, out) takes whole chunks.
+  template <int per_byte, class Decode, class T>
+  static void run(const Decode& decode, const uint8_t* codes, const float* absmax, T* out, int64_t size, int64_t blocksize, Range blocks) {
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      const int64_t begin = b * blocksize, left = size - begin;
+      const uint8_t* from = codes + begin / per_byte;
+      if (left >= blocksize) {
+        decode(from, blocksize, absmax[b], out + begin);
+        continue;
+      }
+      const int64_t whole = left / kChunk * kChunk;
+      decode(from, whole, absmax[b], out + begin);
+      uint8_t end[kChunk] = {};
+      alignas(64) T last[kChunk];
+      __builtin_memcpy(end, from + whole / per_byte, static_cast<size_t>((left - whole + per_byte - 1) / per_byte));
+      decode(end, kChunk, absmax[b], last);
+      __builtin_memcpy(out + begin + whole, last, static_cast<size_t>(left - whole) * sizeof(T));
+    }
+  }
+
+  template <bool stream>
+  static void blocks_4bit(const Dequantize4bit& d, Range blocks) {
+    visit(d.type, [&](auto format) {
+      visit(d.out.dtype, [&](auto t) {
+        using T = decltype(t);
+        run<2>(typename Isa::template Decode4<decltype(format), T, stream>{}, d.codes.data(), d.absmax.data(), static_cast<T*>(d.out.data),
+               d.out.size, d.blocksize, blocks);
+      });
+    });
+  }
+  static void run_4bit(const Dequantize4bit& d, Range blocks) {
+    if (!streams(d.out)) return blocks_4bit<false>(d, blocks);
+    blocks_4bit<true>(d, blocks);
+    Isa::fence();
+  }
+
+  template <bool stream>
+  static void blocks_blockwise(const DequantizeBlockwise& d, Range blocks) {
+    visit(d.out.dtype, [&](auto t) {
+      using T = decltype(t);
+      run<1>(typename Isa::template Decode8<T, stream>{d.code.data()}, d.codes.data(), d.absmax.data(), static_cast<T*>(d.out.data),
+             d.out.size, d.blocksize, blocks);
+    });
+  }
+  static void run_blockwise(const DequantizeBlockwise& d, Range blocks) {
+    if (!streams(d.out)) return blocks_blockwise<false>(d, blocks);
+    blocks_blockwise<true>(d, blocks);
+    Isa::fence();
+  }
+
+  static bool streams(const View& out) {
+    return Isa::can_stream && out.size * size_of(out.dtype) >= kStreamBytes && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+  }
+};
+
+}  // namespace
+}  // namespace bnb::cpu
