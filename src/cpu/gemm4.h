@@ -1,13 +1,16 @@
 // y = a * W^T + bias with a 4-bit W (bnb/gemm.h): which arithmetic serves which type on which instruction set.
 #pragma once
 
+#include "gemm4_amx.h"
 #include "gemm4_dot.h"
 
 namespace bnb::cpu {
 namespace {
 
 template <class Isa>
-inline constexpr bool has_bf16_dot = Isa::name == "avx512bf16" || Isa::name == "amx";
+inline constexpr bool has_bf16_dot = Isa::name == "avx512bf16";
+template <class Isa>
+inline constexpr bool has_tiles = Isa::name == "amx";
 
 template <class Isa, class T>
 struct ProductOf {
@@ -18,6 +21,13 @@ template <class Isa>
   requires(has_bf16_dot<Isa>)
 struct ProductOf<Isa, BFloat16> {
   using type = DotGemm<Isa, BFloat16, Bf16Math<Isa>>;
+};
+#endif
+#if defined(__AMX_BF16__)
+template <class Isa>
+  requires(has_tiles<Isa>)
+struct ProductOf<Isa, BFloat16> {
+  using type = AmxGemm<Isa>;
 };
 #endif
 
