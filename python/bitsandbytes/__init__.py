@@ -1,0 +1,49 @@
+"""k-bit quantization for PyTorch: 4-bit layers and 8-bit block-wise quantization on one C++ core."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+from . import functional, nn, utils
+from .autograd._functions import matmul_4bit
+from .backends.cpu import ops as cpu_ops
+from .backends.default import ops as default_ops
+from .nn import modules
+
+__all__ = [
+    "cpu_ops",
+    "default_ops",
+    "features",
+    "functional",
+    "matmul_4bit",
+    "modules",
+    "nn",
+    "supported_torch_devices",
+    "utils",
+]
+
+# What other projects look at to see that a GPU is not needed, and on which devices they may run.
+features = {"multi_backend"}
+supported_torch_devices = {"cpu", "cuda", "xpu", "hpu", "npu", "mps"}
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        # A source tree on the path, not an installed package: what the installed one would be made from.
+        text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+        found = re.search(r'^version = "(.+?)"', text, re.MULTILINE)
+        if found is None:
+            raise
+        return found[1]
+
+
+def _import_backends() -> None:
+    """Loads what other packages register for the group bitsandbytes.backends: functions that register kernels."""
+    for entry_point in importlib.metadata.entry_points(group="bitsandbytes.backends"):
+        entry_point.load()()
+
+
+__version__ = _version()
+_import_backends()

@@ -1,0 +1,1 @@
+"""Kernels by device: cpu (native library) and default (pure torch, any other device)."""

@@ -1,0 +1,193 @@
+"""4-bit block-wise quantization: NF4 and FP4 (QLoRA, arXiv 2305.14314)."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .blockwise import fill, nest, scales
+from .codebooks import get_4bit_type
+from .quant_state import QuantState
+
+_ops = torch.ops.bitsandbytes
+_gemm_4bit = _ops.gemm_4bit.default
+_plain_tensors = torch._C.DisableTorchFunctionSubclass
+
+NESTED_BLOCKSIZE = 256
+
+
+def quantize_4bit(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """Quantizes a tensor in blocks to 4 bits: absmax = max |x| of the block, code = that of x / absmax.
+
+    Args:
+        A: any shape, read as one flat row; fp32, fp16 or bf16.
+        absmax, out: optional tensors to receive the scales (fp32, one per block) and the packed codes.
+        blocksize: elements per scale, a power of two from 32 to 4096; 64 by default.
+        compress_statistics: quantize the scales to 8 bits too ("double quantization"), in blocks of 256.
+        quant_type: "fp4" or "nf4".
+        quant_storage: dtype that the packed bytes are stored as.
+
+    Returns:
+        The packed codes, two per byte with the first in the high nibble, shape [ceil(n / 2) / itemsize, 1], and the
+        state that dequantize_4bit needs.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    op = "quantize_4bit"
+    blocksize = 64 if blocksize is None else blocksize
+    check.tensor(op, "A", A)
+    check.dtype(op, "A", A, *check.FLOATS)
+    check.one_of(op, "blocksize", blocksize, check.BLOCKSIZES)
+    check.one_of(op, "quant_type", quant_type, check.QUANT_TYPES)
+    check.one_of(op, "quant_storage", quant_storage, check.STORAGES)
+    packed, scale = _ops.quantize_4bit.default(A, blocksize, quant_type, quant_storage)
+    packed = fill(op, "out", out, packed)
+    scale = fill(op, "absmax", absmax, scale)
+    code = get_4bit_type(quant_type, A.device)
+    state = QuantState(scale, A.shape, code, blocksize, quant_type, A.dtype)
+    if compress_statistics:
+        nest(state, NESTED_BLOCKSIZE)
+    return packed, state
+
+
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    quant_type: str = "fp4",
+) -> Tensor:
+    """x = value[code] * absmax of its block, rounded once to the dtype of the state.
+
+    Args:
+        A: packed codes from quantize_4bit; if they are transposed, [1, bytes], so is the result.
+        quant_state: from quantize_4bit; without it absmax and out are needed and blocksize and quant_type count.
+        absmax: fp32 scales, one per block.
+        out: optional tensor to receive the result, in the shape of the tensor that was quantized.
+        blocksize: elements per scale; 64 by default.
+        quant_type: "fp4" or "nf4".
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    op = "dequantize_4bit"
+    check.tensor(op, "A", A)
+    if out is not None:
+        check.tensor(op, "out", out)
+    if quant_state is None:
+        if absmax is None or out is None:
+            raise ValueError(f"{op}: quant_state is None, expected absmax and out to be given then")
+        check.tensor(op, "absmax", absmax)
+        blocksize = 64 if blocksize is None else blocksize
+        quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
+    check.one_of(op, "quant_type", quant_state.quant_type, check.QUANT_TYPES)
+    if out is not None:
+        check.out_like(op, out, quant_state.shape or (), quant_state.dtype or out.dtype, A.device)
+    args = (A, scales(quant_state), quant_state.blocksize, quant_state.quant_type, quant_state.shape, quant_state.dtype)
+    if out is not None and out.is_contiguous():
+        _ops.dequantize_4bit.out(*args, out=out)
+        result = out
+    else:
+        result = _ops.dequantize_4bit.default(*args)
+        result = result if out is None else out.copy_(result)
+    return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 and result.dim() == 2 else result
+
+
+def quantize_fp4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """quantize_4bit to FP4."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+
+
+def quantize_nf4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """quantize_4bit to NF4."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
+
+
+def dequantize_fp4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """dequantize_4bit from FP4."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+
+
+def dequantize_nf4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """dequantize_4bit from NF4."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def gemm_4bit(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
+    """A [..., K] @ W^T + bias for a packed weight W of state.shape = [N, K]: one operator call, not differentiable."""
+    with _plain_tensors():  # B may be a Params4bit, which needs no detour through its __torch_function__ here
+        second = state.state2
+        if second is None or not state.nested:
+            return _gemm_4bit(A, B, state.shape, state.absmax, state.blocksize, state.quant_type, bias)
+        if second.blocksize == NESTED_BLOCKSIZE:  # what the operator takes for granted
+            return _gemm_4bit(
+                *(A, B, state.shape, second.absmax, state.blocksize, state.quant_type, bias),
+                *(state.absmax, second.code, state.offset),
+            )
+        return _gemm_4bit(A, B, state.shape, scales(state), state.blocksize, state.quant_type, bias)
+
+
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> Tensor:
+    """A [..., K] @ W^T for a packed weight W of state.shape = [N, K].
+
+    Args:
+        A: fp32, fp16 or bf16, and so is the result, [..., N].
+        B: packed codes from quantize_4bit.
+        out: optional tensor to receive the result.
+        transposed_A, transposed_B: accepted for compatibility; the state knows.
+        state: from quantize_4bit; required.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    op = "gemv_4bit"
+    if state is None:
+        raise ValueError(f"{op}: state is None, expected the QuantState from quantize_4bit")
+    check.tensor(op, "A", A)
+    check.tensor(op, "B", B)
+    check.one_of(op, "quant_type", state.quant_type, check.QUANT_TYPES)
+    code = get_4bit_type(str(state.quant_type), A.device) if state.code is None else state.code
+    result = _ops.gemv_4bit.default(A, B, state.shape, scales(state), code, state.blocksize)
+    return fill(op, "out", out, result)

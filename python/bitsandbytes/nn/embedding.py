@@ -1,0 +1,138 @@
+"""Embedding layers over quantized tables."""
+
+import logging
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .. import functional as F
+from ..functional.blockwise import scales
+from .linear import fix_4bit_weight_quant_state_from_module
+from .params import Int8Params, Params4bit
+
+logger = logging.getLogger(__name__)
+
+_lookup = torch.nn.functional.embedding
+
+
+class Embedding8bit(torch.nn.Embedding):
+    """An embedding stored as int8 with one fp32 scale per row; quantized when it first moves to a device.
+
+    Forward: x = code * scale / 127 for the rows asked for, in the dtype the layer was made with.
+    """
+
+    weight: Int8Params
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self.dtype = self.weight.dtype
+        self.weight = Int8Params(self.weight.data, has_fp16_weights=False, requires_grad=False)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> NoReturn:
+        raise NotImplementedError("Saving Embedding8bit module is not implemented")
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        SCB = weight.SCB
+        if SCB is None:
+            raise RuntimeError(
+                "Embedding8bit: weight is not quantized, expected .to(device) to be called on the layer first"
+            )
+        return (_lookup(input, weight.data) * (_lookup(input, SCB.view(-1, 1)) / 127)).to(self.dtype)
+
+
+class Embedding4bit(torch.nn.Embedding):
+    """An embedding stored in 4 bits; quantized when it first moves to a device.
+
+    Forward dequantizes the rows asked for, in the dtype the layer was made with. Rows that are not whole blocks
+    (embedding_dim not a multiple of the blocksize, 64) need the whole table to be dequantized, which is slow.
+    """
+
+    weight: Params4bit
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        name = type(self).__name__
+        check.one_of(name, "quant_type", quant_type, check.QUANT_TYPES)
+        check.one_of(name, "quant_storage", quant_storage, check.STORAGES)
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self.dtype = self.weight.dtype
+        self.weight = Params4bit(
+            self.weight.data,
+            requires_grad=False,
+            compress_statistics=False,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+            module=self,
+        )
+        self.quant_state: F.QuantState | None = None
+        self.quant_storage = quant_storage
+        if embedding_dim % self.weight.blocksize:
+            logger.warning(
+                f"Embedding size {embedding_dim} is not divisible by block size {self.weight.blocksize}. "
+                "This will lead to slow inference."
+            )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> NoReturn:
+        raise NotImplementedError("Saving Embedding4bit module is not implemented")
+
+    def _forward_with_partial_dequantize(self, input: Tensor) -> Tensor:
+        state: Any = self.weight.quant_state
+        dim = self.embedding_dim
+        packed = self.weight.data.view(torch.uint8).view(-1)[: self.num_embeddings * dim // 2]
+        absmax = scales(state)[: self.num_embeddings * dim // state.blocksize]
+        rows = _lookup(input, packed.view(self.num_embeddings, -1))
+        row_scales = _lookup(input, absmax.view(self.num_embeddings, -1))
+        return torch.ops.bitsandbytes.dequantize_4bit.default(
+            rows, row_scales, state.blocksize, state.quant_type, (*input.shape, dim), self.dtype
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        fix_4bit_weight_quant_state_from_module(self)
+        state: Any = self.weight.quant_state
+        if self.embedding_dim % state.blocksize == 0:
+            return self._forward_with_partial_dequantize(input)
+        return _lookup(input, F.dequantize_4bit(self.weight.data, state)).to(self.dtype)
+
+
+class EmbeddingFP4(Embedding4bit):
+    """Embedding4bit with an FP4 table."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)
+
+
+class EmbeddingNF4(Embedding4bit):
+    """Embedding4bit with an NF4 table."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device)

@@ -1,0 +1,197 @@
+"""Linear layers over quantized weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..autograd._functions import MatMul4Bit
+from ..functional import QuantState
+from ..functional.fourbit import gemm_4bit
+from .params import Params4bit
+
+_grad_enabled = torch.is_grad_enabled
+
+
+def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
+    """Gives a weight that lost its quant_state, as under FSDP, the one that its module kept.
+
+    Raises:
+        RuntimeError: the module has none either, as it never moved to a device.
+    """
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return
+    if getattr(module, "quant_state", None) is None:
+        name = type(module).__name__
+        raise RuntimeError(f"{name}: weight is not quantized, expected .to(device) to be called on the layer first")
+    if not isinstance(weight, Params4bit):
+        weight = Params4bit(weight, quant_storage=module.quant_storage, bnb_quantized=True)
+        module.weight = weight
+    weight.quant_state = module.quant_state
+
+
+class Linear4bit(torch.nn.Linear):
+    """A linear layer whose weight is stored in 4 bits and multiplied as stored (QLoRA, arXiv 2305.14314).
+
+    The weight is quantized when the layer first moves to a device. Forward: y = x @ W^T + bias in compute_dtype, [...,
+    K] -> [..., N], returned in the dtype of x; gradients reach x and bias. fp32 is computed in fp32.
+
+    Args:
+        input_features, output_features: K and N.
+        compute_dtype: dtype of the product; that of the first fp32 or bf16 input by default.
+        compress_statistics: quantize the scales of the blocks too.
+        quant_type: "fp4" or "nf4".
+        quant_storage: dtype that packed bytes are stored as.
+    """
+
+    weight: Params4bit
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        name = type(self).__name__
+        check.one_of(name, "quant_type", quant_type, check.QUANT_TYPES)
+        check.one_of(name, "quant_storage", quant_storage, check.STORAGES)
+        check.one_of(name, "compute_dtype", compute_dtype, (None, *check.FLOATS))
+        super().__init__(input_features, output_features, bias, device)
+        self.weight = Params4bit(
+            self.weight.data,
+            requires_grad=False,
+            compress_statistics=compress_statistics,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+            module=self,
+        )
+        self.compute_dtype = compute_dtype
+        self.compute_type_is_set = compute_dtype is not None
+        self.quant_state: QuantState | None = None
+        self.quant_storage = quant_storage
+
+    def set_compute_type(self, x: Tensor) -> None:
+        """Settles compute_dtype by an input; fp16 leaves it open, and is then computed in fp16."""
+        if x.dtype in (torch.float32, torch.bfloat16):
+            self.compute_dtype = x.dtype
+            self.compute_type_is_set = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The dicts of torch.nn.Module, since going through its __getattr__ would cost as much as the product of a
+        # small layer.
+        parameters: dict[str, Any] = self._parameters
+        weight: Any = parameters.get("weight")
+        state: Any = weight.quant_state if type(weight) is Params4bit else None
+        if state is None:
+            fix_4bit_weight_quant_state_from_module(self)
+            weight = self.weight
+            state = weight.quant_state
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+        dtype = x.dtype
+        compute_dtype = self.compute_dtype or dtype
+        if dtype != compute_dtype:
+            x = x.to(compute_dtype)
+        bias = parameters.get("bias")
+        if bias is not None and bias.dtype != compute_dtype:
+            bias = bias.to(compute_dtype)
+        if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            y = MatMul4Bit.apply(x, weight, None, bias, state)
+        else:
+            y = gemm_4bit(x, weight, state, bias)
+        return y if dtype == compute_dtype else y.to(dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = getattr(self.weight, "quant_state", None)
+        if state is not None:
+            for key, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch.nn.Linear, and a packed weight with its state, into a quantized layer or a fresh one."""
+        key = f"{prefix}weight"
+        stats = {k: v for k, v in state_dict.items() if k.startswith(f"{key}.")}
+        if stats and isinstance(state_dict.get(key), Tensor):
+            try:
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                self._load_packed(state_dict[key], {k[len(key) + 1 :]: v for k, v in stats.items()}, assign)
+            except ValueError as error:
+                error_msgs.append(f"{key}: {error}")
+            state_dict = {k: v for k, v in state_dict.items() if k not in stats and k != key}
+            missing_before = len(missing_keys)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            missing_keys[missing_before:] = [k for k in missing_keys[missing_before:] if k != key]
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def _load_packed(self, packed: Tensor, stats: dict[str, Any], assign: bool) -> None:
+        old = self.weight
+        device = packed.device if assign or old.is_meta else old.device
+        state = QuantState.from_dict(stats, device)
+        shape = (self.out_features, self.in_features)
+        if state.shape != shape:
+            raise ValueError(f"size mismatch: its shape is {tuple(state.shape or ())}, expected {shape}")
+        data = packed if assign else packed.to(device, copy=True)
+        if isinstance(old, Params4bit) and old.device == device and not assign:
+            old.data = data  # the same object, as load_state_dict promises
+            old.module = self
+            old._adopt(state)
+        else:
+            self.weight = Params4bit.from_prequantized(data, stats, device=device, module=self)
+
+
+class LinearFP4(Linear4bit):
+    """Linear4bit with FP4 weights."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
+        )
+
+
+class LinearNF4(Linear4bit):
+    """Linear4bit with NF4 weights: quantiles of the normal distribution, which most weights follow."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
+        )

@@ -1,0 +1,291 @@
+"""Parameters that hold quantized weights. What they know lives in their __dict__ and goes with every copy of them."""
+
+import copy
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from .. import functional as F
+from ..functional import QuantState
+
+Device = torch.device | str | int | None
+
+
+def _rebuild(cls: type[Tensor], data: Tensor, requires_grad: bool) -> Tensor:
+    return Tensor._make_subclass(cls, data, requires_grad)
+
+
+class _QuantizedParameter(torch.nn.Parameter):
+    """What both parameter types share: copies, pickles, and moves that quantize once."""
+
+    def _is_quantized(self) -> bool:
+        raise NotImplementedError
+
+    def _quantize(self, device: Device) -> Self:
+        raise NotImplementedError
+
+    def _move_state(self, data: Tensor) -> None:
+        """Brings what belongs to the data to the device of `data`, in place."""
+        raise NotImplementedError
+
+    def _with_data(self, data: Tensor) -> Self:
+        """A parameter around `data` that knows what this one knows."""
+        new = Tensor._make_subclass(type(self), data, self.requires_grad)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As Tensor.to. The first move to a real device quantizes, in place. After it a dtype is ignored."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if not self._is_quantized():
+            if device is not None and device.type != "meta" and self._to_be_quantized():
+                return self._quantize(device)
+            return self._with_data(self.data.to(device=device, dtype=dtype, non_blocking=non_blocking))
+        if device is None:
+            return self
+        new = self._with_data(self.data.to(device=device, non_blocking=non_blocking))
+        # torch.nn.Module keeps this object and takes over the data of the new one, so the state moves in place. The
+        # meta device would destroy it: the state stays where it is, so that the weight can come back.
+        if device.type != "meta":
+            self._move_state(new.data)
+            new.__dict__.update(self.__dict__)
+        return new
+
+    def _to_be_quantized(self) -> bool:
+        return True
+
+    def cpu(self) -> Self:  # type: ignore[override]
+        return self.to(device="cpu")
+
+    def cuda(self, device: Device = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
+        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
+
+    def xpu(self, device: Device = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
+        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
+
+    def _cast(self, dtype: torch.dtype) -> Any:
+        return self if self._is_quantized() else self.data.to(dtype)
+
+    # torch.nn.Module.half() and its like call these; packed bytes stored as bf16 must survive them.
+    def half(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cast(torch.float16)
+
+    def bfloat16(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cast(torch.bfloat16)
+
+    def float(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cast(torch.float32)
+
+    def double(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cast(torch.float64)
+
+    def __copy__(self) -> Self:
+        return self._with_data(self.data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if id(self) in memo:
+            return memo[id(self)]
+        new = self._with_data(copy.deepcopy(self.data, memo))
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            # The module is copied only if it is what is being copied; a parameter alone keeps its module.
+            new.__dict__[key] = memo.get(id(value), value) if key == "module" else copy.deepcopy(value, memo)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self), self.data, self.requires_grad), self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+_SPLITS: tuple[Callable[..., Any], ...] = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
+
+
+class Params4bit(_QuantizedParameter):
+    """A weight that becomes 4-bit when it first moves to a device (QLoRA, arXiv 2305.14314).
+
+    Args:
+        data: the weight, or its packed codes if `bnb_quantized`.
+        quant_state: how to read packed codes.
+        blocksize: elements per scale, 64 by default.
+        compress_statistics: quantize the scales too.
+        quant_type: "fp4" or "nf4".
+        quant_storage: dtype that packed bytes are stored as.
+        module: the layer that owns the weight and keeps a second reference to quant_state, for wrappers that replace
+            the parameter.
+        kwargs: ignored, so that Params4bit(data, **other.__dict__) always works.
+    """
+
+    blocksize: int
+    compress_statistics: bool
+    quant_type: str
+    quant_state: QuantState | None
+    quant_storage: torch.dtype
+    bnb_quantized: bool
+    module: Any  # of a class with quant_state, or None
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = False,
+        quant_state: QuantState | None = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        module: torch.nn.Module | None = None,
+        bnb_quantized: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        self = Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
+        self.blocksize = 64 if blocksize is None else blocksize
+        self.compress_statistics = compress_statistics
+        self.quant_type = quant_type
+        self.quant_state = quant_state
+        self.quant_storage = quant_storage
+        self.bnb_quantized = bnb_quantized
+        self.module = module
+        return self
+
+    @classmethod
+    def from_prequantized(
+        cls,
+        data: Tensor,
+        quantized_stats: dict[str, Any],
+        requires_grad: bool = False,
+        device: Device = "cuda",
+        module: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """The parameter of a checkpoint: packed codes and the entries that QuantState.as_dict(packed=True) gave."""
+        state = QuantState.from_dict(quantized_stats, device=device)
+        self = Tensor._make_subclass(cls, data.to(device), requires_grad)
+        self.module = module
+        self._adopt(state)
+        return self
+
+    def _adopt(self, state: QuantState) -> None:
+        """Becomes the packed codes that `state` describes."""
+        self.quant_state = state
+        self.blocksize = state.blocksize or 64
+        self.compress_statistics = state.nested
+        self.quant_type = state.quant_type or ""
+        self.quant_storage = self.data.dtype
+        self.bnb_quantized = True
+        if self.module is not None:
+            self.module.quant_state = state
+
+    def _is_quantized(self) -> bool:
+        return self.bnb_quantized
+
+    def _quantize(self, device: Device) -> Self:
+        weight = self.data.contiguous().to(device)
+        packed, state = F.quantize_4bit(
+            weight,
+            blocksize=self.blocksize,
+            compress_statistics=self.compress_statistics,
+            quant_type=self.quant_type,
+            quant_storage=self.quant_storage,
+        )
+        self.data = packed
+        self.quant_state = state
+        if self.module is not None:
+            self.module.quant_state = state
+        self.bnb_quantized = True
+        return self
+
+    def _move_state(self, data: Tensor) -> None:
+        if self.quant_state is not None:
+            self.quant_state.to(data.device)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            source = args[0] if args else (kwargs or {}).get("input")
+            if func in _SPLITS and isinstance(source, Params4bit):
+                return tuple(source._with_data(part) for part in result)
+        return result
+
+
+def _fsdp_property(name: str, path: str) -> property:
+    """FSDP follows the keys of a state dict by attribute, as in weight.absmax: they lead into quant_state."""
+    get = attrgetter(f"quant_state.{path}")
+
+    def read(self: Params4bit) -> Any:
+        try:
+            return get(self)
+        except AttributeError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+
+    return property(read, doc=f"quant_state.{path}")
+
+
+for _name, _path in {
+    "absmax": "absmax",
+    "code": "code",
+    "quant_map": "code",
+    "offset": "offset",
+    "state2": "state2",
+    "nested_absmax": "state2.absmax",
+    "nested_blocksize": "state2.blocksize",
+    "nested_quant_map": "state2.code",
+    "nested_dtype": "state2.dtype",
+    "nested_offset": "offset",
+}.items():
+    setattr(Params4bit, _name, _fsdp_property(_name, _path))
+
+
+class Int8Params(_QuantizedParameter):
+    """A matrix that becomes int8 with one fp32 scale per row when it first moves to a device (LLM.int8(), arXiv
+    2208.07339).
+
+    Args:
+        data: the matrix, or its int8 codes if `SCB` is given.
+        has_fp16_weights: never quantize.
+        CB: the int8 codes, [rows, columns]: the data, once quantized.
+        SCB: max |x| of each row: x = CB * SCB / 127.
+    """
+
+    has_fp16_weights: bool
+    CB: Tensor | None
+    SCB: Tensor | None
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = True,
+        has_fp16_weights: bool = False,
+        CB: Tensor | None = None,
+        SCB: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        self = Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
+        self.CB = CB
+        self.SCB = SCB
+        self.has_fp16_weights = has_fp16_weights
+        return self
+
+    def _is_quantized(self) -> bool:
+        return self.data.dtype == torch.int8
+
+    def _to_be_quantized(self) -> bool:
+        return not self.has_fp16_weights
+
+    def _quantize(self, device: Device) -> Self:
+        weight = self.data.to(device, torch.float32)
+        self.SCB = weight.abs().amax(dim=-1)
+        scale = torch.where(self.SCB > 0, 127.0 / self.SCB, 0.0)
+        self.CB = (weight * scale[..., None]).round().to(torch.int8)
+        self.requires_grad = False
+        self.data = self.CB
+        return self
+
+    def _move_state(self, data: Tensor) -> None:
+        self.CB = None if self.CB is None else data
+        self.SCB = None if self.SCB is None else self.SCB.to(data.device)
