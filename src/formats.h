@@ -27,7 +27,7 @@ struct Fp4 {
   static constexpr QuantType type = QuantType::fp4;
   static constexpr std::array<float, 16> values = {
       0.0f, 0.005208333333f, 0.66666667f, 1.0f, 0.33333333f, 0.5f, 0.16666667f, 0.25f,
-      -0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f};
+      0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f};
   // The released package's on the CPU, symmetric. A tiny t > 0 takes code 8, a tiny t <= 0 code 0 (docs/NUMERICS.md).
   static constexpr std::array<float, 15> thresholds = {
       -0.8333333730697632f, -0.5833333730697632f, -0.4166666865348816f, -0.2916666865348816f, -0.2083333432674408f, -0.0859375f,
