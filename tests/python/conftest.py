@@ -1,0 +1,47 @@
+"""Shared by all Python tests: what is selected, deterministic hypothesis, the names of the instruction sets."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+from process import QUANTIZE_ONE, run_python
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, database=None)
+hypothesis.settings.register_profile("more", deadline=None, max_examples=2000, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "slow" in config.getoption("markexpr"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """A test that calls torch.set_num_threads leaves it as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def isas() -> list[str]:
+    """The instruction sets that can run here, as the message about a wrong name lists them."""
+    message = run_python(QUANTIZE_ONE, BNB_FORCE_ISA="none-such").stderr
+    found = re.search(r'BNB_FORCE_ISA: "none-such" cannot run here, expected one of ([\w, ]+)', message)
+    assert found, message
+    return found[1].split(", ")

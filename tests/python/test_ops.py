@@ -1,0 +1,118 @@
+"""torch.ops.bitsandbytes as a contract: schemas, kernels, fakes, and the pure-torch kernels of any other device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes.functional as F
+import pytest
+import reference as ref
+import torch
+
+ops = torch.ops.bitsandbytes
+
+# As printed by the released package 0.50.2.
+SCHEMAS = [
+    "bitsandbytes::quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
+    "bitsandbytes::dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) "
+    "-> Tensor",
+    "bitsandbytes::dequantize_4bit.out(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, "
+    "ScalarType dtype, Tensor($0! -> ) out) -> ()",
+    "bitsandbytes::quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    "bitsandbytes::dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
+    "bitsandbytes::dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, "
+    "Tensor($0! -> ) out) -> ()",
+    "bitsandbytes::gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
+    "bitsandbytes::gemv_4bit.out(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, "
+    "Tensor($0! -> ) out) -> ()",
+    "bitsandbytes::gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
+    "Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+]
+
+
+def overload(qualified: str) -> torch._ops.OpOverload:
+    name, _, variant = qualified.removeprefix("bitsandbytes::").partition(".")
+    return getattr(getattr(ops, name), variant or "default")
+
+
+def registered() -> list[str]:
+    return sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bitsandbytes::"))
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: s.partition("(")[0].removeprefix("bitsandbytes::"))
+def test_schema_equals_the_released_one(schema: str) -> None:
+    assert str(overload(schema.partition("(")[0])._schema) == schema
+
+
+@pytest.mark.parametrize("name", registered())
+def test_every_op_has_a_cpu_kernel_a_fake_and_a_default(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta") or overload(name)._defined_in_python is not None
+    entry = torch._library.simple_registry.singleton.find(name)
+    assert entry.fake_impl.kernel is not None, "no fake"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd"), "no kernel for other devices"
+
+
+# ---- opcheck
+
+
+def weight(n: int, k: int, quant_type: str = "nf4", blocksize: int = 64, storage: torch.dtype = torch.uint8) -> tuple[torch.Tensor, ...]:
+    w = torch.randn(n, k)
+    packed, absmax = ops.quantize_4bit(w, blocksize, quant_type, storage)
+    return packed, absmax, ops.dequantize_4bit(packed, absmax, blocksize, quant_type, [n, k], torch.float32)
+
+
+def nested(n: int, k: int) -> tuple[torch.Tensor, ...]:
+    packed, absmax, w = weight(n, k)
+    offset = absmax.mean()
+    code = F.create_dynamic_map()
+    codes, scales = ops.quantize_blockwise(absmax - offset, code, 256)
+    return packed, scales, codes, code, offset, w
+
+
+def opcheck_cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    code8, code4 = F.create_dynamic_map(), F.get_4bit_type("nf4", device="cpu")
+    for dtype, shape in itertools.product(ref.FLOATS, [(64,), (3, 7), (), (0,), (2, 0, 5)]):
+        x = torch.randn(shape).to(dtype)
+        for quant_type, storage in (("nf4", torch.uint8), ("fp4", torch.bfloat16)):
+            yield "quantize_4bit", (x, 64, quant_type, storage)
+            packed, absmax = ops.quantize_4bit(x, 64, quant_type, storage)
+            args = (packed, absmax, 64, quant_type, list(shape), dtype)
+            yield "dequantize_4bit", args
+            yield "dequantize_4bit.out", (*args, torch.empty(shape, dtype=dtype))
+        yield "quantize_blockwise", (x, code8, 256)
+        codes, absmax = ops.quantize_blockwise(x, code8, 256)
+        yield "dequantize_blockwise", (codes, absmax, code8, 256, dtype)
+        yield "dequantize_blockwise.out", (codes, absmax, code8, 256, dtype, torch.empty(shape, dtype=dtype))
+    for dtype, (n, k), batch in itertools.product(ref.FLOATS, [(16, 64), (5, 33)], [(), (1,), (2, 3), (0,)]):
+        packed, absmax, _ = weight(n, k)
+        a = torch.randn(*batch, k).to(dtype)
+        args = (a, packed, [n, k], absmax, code4, 64)
+        yield "gemv_4bit", args
+        yield "gemv_4bit.out", (*args, torch.empty(*batch, n, dtype=dtype))
+        yield "gemm_4bit", (a, packed, [n, k], absmax, 64, "nf4", torch.randn(n).to(dtype))
+        packed, scales, codes, code, offset, _ = nested(n, k)
+        yield "gemm_4bit", (a, packed, [n, k], scales, 64, "nf4", None, codes, code, offset)
+
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def test_opcheck() -> None:
+    checked = set()
+    for name, args in opcheck_cases():
+        torch.library.opcheck(overload(name), args, test_utils=OPCHECKS)
+        checked.add("bitsandbytes::" + name)
+    assert checked == {s.partition("(")[0] for s in SCHEMAS}
+
+
+def test_opcheck_with_dynamic_shapes() -> None:
+    """make_fx traces with symbolic sizes and runs the graph again: slow, so one case of each op."""
+    seen = set()
+    for name, args in opcheck_cases():
+        if name not in seen and args[0].numel() > 1:
+            seen.add(name)
+            torch.library.opcheck(overload(name), args)
+    assert len(seen) == len(SCHEMAS)
