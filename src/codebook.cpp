@@ -66,7 +66,7 @@ std::vector<float> create_4bit_map(std::string_view name) {
     for (int i = 0; i <= 7; ++i) values.push_back(static_cast<float>(0 - i) / 7);
     return values;
   }
-  Checker("create_4bit_map").fail("name", "\"" + std::string(name) + "\"", "nf4, fp4, int4 or af4");
+  Checker("create_4bit_map").fail("name", std::string(1, '"').append(name).append(1, '"'), "nf4, fp4, int4 or af4");
 }
 
 std::vector<float> create_dynamic_map(bool is_signed, int max_exponent_bits, int total_bits) {

@@ -27,9 +27,19 @@ struct EncodeTable {
   template <class T>
   BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const {
     alignas(64) float t[kChunk];
+    const uint8_t* first = encoder.first.get();  // in registers: for all the compiler knows, codes[i] may change the encoder
+    const float* threshold = encoder.threshold;
+    const bool direct = first && !encoder.many;
     for (; n > 0; n -= kChunk, x += kChunk, codes += kChunk) {
       for (int i = 0; i < kChunk; i += Isa::lanes) Isa::store(t + i, Isa::mul(Isa::load(x + i), Isa::set1(inv)));
-      for (int i = 0; i < kChunk; ++i) codes[i] = encoder(t[i]);
+      for (int i = 0; i < kChunk; ++i) {
+        if (!direct) {
+          codes[i] = encoder(t[i]);
+          continue;
+        }
+        const uint32_t c = first[bits_of(t[i]) >> 16];
+        codes[i] = static_cast<uint8_t>(c + (t[i] > threshold[c]));
+      }
     }
   }
   template <class T>
