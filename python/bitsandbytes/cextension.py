@@ -1,6 +1,7 @@
 """Finds and loads the native library, which registers the CPU kernels with torch."""
 
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,6 +55,7 @@ def get_native_library() -> BNBNativeLibrary | ErrorHandlerMockBNBNativeLibrary:
     reason = "there is no such file"
     if path.is_file():
         try:
+            _check_complete(path)
             library = BNBNativeLibrary(path)
             if not (missing := without_kernel()):
                 return library
@@ -66,6 +68,19 @@ def get_native_library() -> BNBNativeLibrary | ErrorHandlerMockBNBNativeLibrary:
     )
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     return ErrorHandlerMockBNBNativeLibrary(message)
+
+
+def _check_complete(path: Path) -> None:
+    """Refuses a file that ends before its section headers do: mapping it would kill the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        size = file.seek(0, os.SEEK_END)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        raise OSError("it is not a shared library")
+    (sections,) = struct.unpack_from("<Q", header, 40)
+    entry, count = struct.unpack_from("<HH", header, 58)
+    if sections + entry * count > size:
+        raise OSError(f"it ends at byte {size} of {sections + entry * count}")
 
 
 def without_kernel() -> list[str]:

@@ -89,7 +89,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     """
     op = "create_dynamic_map"
     _check(op, 2 <= total_bits <= 8, "total_bits", total_bits, "2 to 8")
-    _check(op, 1 <= max_exponent_bits <= 7, "max_exponent_bits", max_exponent_bits, "1 to 7")
+    _check(op, 1 <= max_exponent_bits <= 8, "max_exponent_bits", max_exponent_bits, "1 to 8")
     spare_bits = total_bits - 1 - max_exponent_bits
     fractions = [2.0 ** (i + spare_bits + (not signed)) for i in range(max_exponent_bits)]
     rows = list(zip(fractions, range(1 - max_exponent_bits, 1), strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks as check
 from .. import functional as F
 from ..functional.blockwise import scales
-from .linear import fix_4bit_weight_quant_state_from_module
+from .linear import weight_and_state
 from .params import Int8Params, Params4bit
 
 logger = logging.getLogger(__name__)
@@ -92,22 +92,21 @@ class Embedding4bit(torch.nn.Embedding):
         raise NotImplementedError("Saving Embedding4bit module is not implemented")
 
     def _forward_with_partial_dequantize(self, input: Tensor) -> Tensor:
-        state: Any = self.weight.quant_state
-        dim = self.embedding_dim
-        packed = self.weight.data.view(torch.uint8).view(-1)[: self.num_embeddings * dim // 2]
-        absmax = scales(state)[: self.num_embeddings * dim // state.blocksize]
+        weight, state = weight_and_state(self)
+        dim, blocksize = self.embedding_dim, state.blocksize or 64
+        packed = weight.data.view(torch.uint8).view(-1)[: self.num_embeddings * dim // 2]
+        absmax = scales(state)[: self.num_embeddings * dim // blocksize]
         rows = _lookup(input, packed.view(self.num_embeddings, -1))
         row_scales = _lookup(input, absmax.view(self.num_embeddings, -1))
         return torch.ops.bitsandbytes.dequantize_4bit.default(
-            rows, row_scales, state.blocksize, state.quant_type, (*input.shape, dim), self.dtype
+            rows, row_scales, blocksize, state.quant_type, (*input.shape, dim), self.dtype
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        fix_4bit_weight_quant_state_from_module(self)
-        state: Any = self.weight.quant_state
-        if self.embedding_dim % state.blocksize == 0:
+        weight, state = weight_and_state(self)
+        if self.embedding_dim % (state.blocksize or 64) == 0:
             return self._forward_with_partial_dequantize(input)
-        return _lookup(input, F.dequantize_4bit(self.weight.data, state)).to(self.dtype)
+        return _lookup(input, F.dequantize_4bit(weight.data, state)).to(self.dtype)
 
 
 class EmbeddingFP4(Embedding4bit):

@@ -14,22 +14,27 @@ from .params import Params4bit
 _grad_enabled = torch.is_grad_enabled
 
 
-def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
-    """Gives a weight that lost its quant_state, as under FSDP, the one that its module kept.
+def weight_and_state(module: Any) -> tuple[Tensor, QuantState]:
+    """The packed weight of a layer and how to read it; the layer kept the state if the weight lost it, as under FSDP.
 
     Raises:
-        RuntimeError: the module has none either, as it never moved to a device.
+        RuntimeError: there is none, as the layer never moved to a device.
     """
     weight = module.weight
-    if getattr(weight, "quant_state", None) is not None:
-        return
-    if getattr(module, "quant_state", None) is None:
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    if state is None:
         name = type(module).__name__
         raise RuntimeError(f"{name}: weight is not quantized, expected .to(device) to be called on the layer first")
+    return weight, state
+
+
+def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
+    """Gives a weight that lost its class or quant_state, as under FSDP, what its module kept."""
+    weight, state = weight_and_state(module)
     if not isinstance(weight, Params4bit):
         weight = Params4bit(weight, quant_storage=module.quant_storage, bnb_quantized=True)
         module.weight = weight
-    weight.quant_state = module.quant_state
+    weight.quant_state = state
 
 
 class Linear4bit(torch.nn.Linear):
@@ -90,9 +95,7 @@ class Linear4bit(torch.nn.Linear):
         weight: Any = parameters.get("weight")
         state: Any = weight.quant_state if type(weight) is Params4bit else None
         if state is None:
-            fix_4bit_weight_quant_state_from_module(self)
-            weight = self.weight
-            state = weight.quant_state
+            weight, state = weight_and_state(self)
         if not self.compute_type_is_set:
             self.set_compute_type(x)
         dtype = x.dtype
