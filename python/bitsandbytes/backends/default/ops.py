@@ -70,7 +70,7 @@ def _dequantize_4bit(
     check_dequantize_4bit("dequantize_4bit", A, absmax, blocksize, quant_type, shape, dtype)
     n = check.numel("dequantize_4bit", "shape", shape)
     values = _get_4bit_code(quant_type, A.device)
-    return _dequantize(values, _unpack(A), absmax, blocksize, n).to(dtype).view(*shape)
+    return _dequantize(values, _unpack(A), absmax, blocksize, n).to(dtype).view(tuple(shape))
 
 
 @register_kernel("bitsandbytes::dequantize_4bit.out", "default")
