@@ -48,7 +48,7 @@ void set_table(Encoder8& e) {
 }
 
 Dynamic8 make_dynamic(bool is_signed, const float* threshold) {
-  Dynamic8 d{.is_signed = is_signed, .zero = is_signed ? 127 : 0, .unsure = 0, .step = {}, .slope = {}, .icept = {}, .top = {}};
+  Dynamic8 d{.is_signed = is_signed, .zero = is_signed ? 127 : 0, .unsure = 0, .cut = {}, .step = {}, .slope = {}, .icept = {}, .top = {}};
   const float offset = is_signed ? 128.5f : 256.5f;
   int first[10] = {0, 1};  // the least h of each segment
   for (int s = 1; s < 8; ++s) first[s + 1] = first[s] + (1 << (s - is_signed));
@@ -74,14 +74,14 @@ Dynamic8 make_dynamic(bool is_signed, const float* threshold) {
     spread = std::max(spread, distance([](float a, float b) { return std::max(a, b); }));
   }
   d.unsure = (static_cast<uint32_t>(spread / (is_signed ? 0x1p-16f : 0x1p-15f)) + 1) << !is_signed;
+  for (int s = 0; s < 8; ++s) d.cut[s] = bits_of(threshold[d.zero + first[s + 1] - 1]);
   for (uint32_t e = 96; e < 128; ++e) {
-    uint32_t segment = 0, cut = 0;
-    for (uint32_t k = 1; k < 9; ++k) {
-      const uint32_t b = bits_of(threshold[d.zero + first[k] - 1]);
-      if (b >> 23 < e) segment = k;
-      if (b >> 23 == e) cut = b;
+    uint32_t segment = 0, inside = 0;  // of the least number with this exponent; the cut within the octave
+    for (const uint32_t cut : d.cut) {
+      segment += cut >> 23 < e;
+      if (cut >> 23 == e) inside = cut;
     }
-    d.step[e - 96] = cut ? ((segment + 1) << 23) - (cut + 1) : (segment << 23) - (e << 23);
+    d.step[e - 96] = inside ? ((segment + 1) << 23) - (inside + 1) : (segment << 23) - (e << 23);
   }
   return d;
 }

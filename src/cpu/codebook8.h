@@ -19,6 +19,7 @@ struct Dynamic8 {
   bool is_signed;
   int zero;         // the code of 0.0
   uint32_t unsure;  // in units of the fraction: 16 bits (signed) or 15 bits
+  uint32_t cut[8];  // bits of the greatest |t| of segments 0..7
   alignas(64) uint32_t step[32];  // by exponent - 96
   alignas(64) float slope[16], icept[16], top[16];
 };

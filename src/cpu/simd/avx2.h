@@ -1,6 +1,7 @@
 // AVX2, FMA, F16C: 8 lanes.
 #pragma once
 
+#include "../codebook8.h"
 #include "../plain.h"
 
 #include <immintrin.h>
@@ -47,7 +48,7 @@ struct Avx2 {
   BNB_INLINE static F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
   BNB_INLINE static I32 load_all(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
-  static constexpr bool can_stream = true, has_dynamic8 = false;
+  static constexpr bool can_stream = true, has_dynamic8 = true;
   BNB_INLINE static void fence() { _mm_sfence(); }
   template <bool stream>
   BNB_INLINE static void put(void* p, I32 x) {
@@ -123,6 +124,60 @@ struct Avx2 {
         const I32 bytes = _mm256_packus_epi16(pairs, pairs);
         const __m128i out = _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), out);
+      }
+    }
+  };
+
+  // See Dynamic8. The segment comes by bisection; the eighth boundary, that of 1.0, is left to the end, so that 8 lanes hold the line.
+  template <bool is_signed>
+  struct EncodeDynamic {
+    I32 first, second, third, last, limit;
+    F32 slope, icept, top;
+    explicit EncodeDynamic(const Dynamic8& d) : slope(load(d.slope)), icept(load(d.icept)), top(load(d.top)) {
+      const auto set = [](uint32_t a, uint32_t b, uint32_t c, uint32_t e) {
+        const __m128i four = _mm_setr_epi32(static_cast<int>(a), static_cast<int>(b), static_cast<int>(c), static_cast<int>(e));
+        return _mm256_broadcastsi128_si256(four);
+      };
+      first = set(d.cut[3], d.cut[3], d.cut[3], d.cut[3]);
+      second = set(d.cut[1], 0, 0, d.cut[5]);  // by the low bits of 0, -1
+      third = set(d.cut[0], d.cut[6], d.cut[4], d.cut[2]);
+      last = set(d.cut[7], d.cut[7], d.cut[7], d.cut[7]);
+      limit = _mm256_set1_epi16(static_cast<short>(d.unsure - 1));
+    }
+
+    template <class T>
+    BNB_INLINE void operator()(const Encoder8& encoder, const T* x, int64_t n, float inv, uint8_t* codes) const {
+      for (; n > 0; n -= 32, x += 32, codes += 32) {
+        I32 y[4], c[4];
+        for (int j = 0; j < 4; ++j) {
+          const I32 t = bits(mul(load(x + 8 * j), set1(inv)));
+          const I32 magnitude = is_signed ? _mm256_and_si256(t, _mm256_set1_epi32(0x7fffffff)) : t;
+          const auto above = [&](I32 cut) { return _mm256_cmpgt_epi32(magnitude, cut); };
+          const auto choose = [](I32 from, I32 by) { return bits(_mm256_permutevar_ps(floats(from), by)); };
+          I32 s = above(first);
+          s = _mm256_add_epi32(_mm256_add_epi32(s, s), above(choose(second, s)));
+          s = _mm256_abs_epi32(_mm256_add_epi32(_mm256_add_epi32(s, s), above(choose(third, s))));
+          const F32 line = fma(floats(magnitude), _mm256_permutevar8x32_ps(slope, s), _mm256_permutevar8x32_ps(icept, s));
+          y[j] = bits(_mm256_min_ps(line, _mm256_permutevar8x32_ps(top, s)));
+          if constexpr (!is_signed) y[j] = _mm256_add_epi32(y[j], y[j]);  // now the upper half ends with h, the lower is the fraction
+          const I32 h = _mm256_sub_epi32(_mm256_and_si256(_mm256_srli_epi32(y[j], 16), _mm256_set1_epi32(0xff)), above(last));
+          const I32 sign = _mm256_srai_epi32(t, 31);
+          c[j] = is_signed ? _mm256_add_epi32(_mm256_set1_epi32(127), _mm256_sub_epi32(_mm256_xor_si256(h, sign), sign)) : h;
+        }
+        // Packing saturates: -1.0 would have code -1.
+        const I32 packed = _mm256_packus_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+        const I32 out = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), out);
+
+        const auto close = [&](I32 fraction) {  // bits 0, 4, .. of the lanes whose fraction is below `unsure`
+          return _mm256_movemask_epi8(_mm256_cmpeq_epi16(_mm256_min_epu16(fraction, limit), fraction)) & 0x11111111;
+        };
+        if (close(_mm256_min_epu16(_mm256_min_epu16(y[0], y[1]), _mm256_min_epu16(y[2], y[3])))) [[unlikely]]
+          for (int j = 0; j < 4; ++j)
+            for (auto lanes = static_cast<uint32_t>(close(y[j])); lanes; lanes &= lanes - 1) {
+              const int i = 8 * j + __builtin_ctz(lanes) / 4;
+              codes[i] = encoder(to_float(x[i]) * inv);
+            }
       }
     }
   };
