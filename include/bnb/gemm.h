@@ -15,11 +15,11 @@ namespace bnb {
 // The absmax of each block, as it is or itself quantized ("double quantization", QLoRA section 3):
 //   absmax[i] = fp32(code[codes[i]] * nested[i / nested_blocksize]) + offset, each step rounded to fp32.
 struct Absmax {
-  std::span<const float> values;  // blocks_of(n * k, blocksize); used when `codes` is empty
+  std::span<const float> values = {};  // blocks_of(n * k, blocksize); used when `codes` is empty
 
-  std::span<const uint8_t> codes;  // blocks_of(n * k, blocksize)
-  std::span<const float> code;     // 256
-  std::span<const float> nested;   // blocks_of(codes.size(), nested_blocksize)
+  std::span<const uint8_t> codes = {};  // blocks_of(n * k, blocksize)
+  std::span<const float> code = {};     // 256
+  std::span<const float> nested = {};   // blocks_of(codes.size(), nested_blocksize)
   int64_t nested_blocksize = 256;
   float offset = 0;
 
@@ -35,11 +35,11 @@ struct Gemm4bit {
   QuantType type = QuantType::nf4;
   int64_t blocksize = 64;
   int64_t m = 0, n = 0, k = 0;
-  ConstView a;                     // m * k
-  std::span<const uint8_t> codes;  // packed_size(n * k)
-  Absmax absmax;
-  ConstView bias;  // n elements, of any type; empty: none
-  View out;        // m * n, of a's type
+  ConstView a = {};                     // m * k
+  std::span<const uint8_t> codes = {};  // packed_size(n * k)
+  Absmax absmax = {};
+  ConstView bias = {};  // n elements, of any type; empty: none
+  View out = {};        // m * n, of a's type
 };
 void gemm_4bit(const Gemm4bit&);
 

@@ -26,39 +26,39 @@ constexpr int64_t packed_size(int64_t n) { return n / 2 + (n % 2 != 0); }  // by
 struct Quantize4bit {
   QuantType type = QuantType::nf4;
   int64_t blocksize = 64;
-  ConstView x;               // n elements
-  std::span<uint8_t> codes;  // packed_size(n)
-  std::span<float> absmax;   // blocks_of(n, blocksize)
+  ConstView x = {};               // n elements
+  std::span<uint8_t> codes = {};  // packed_size(n)
+  std::span<float> absmax = {};   // blocks_of(n, blocksize)
 };
 void quantize_4bit(const Quantize4bit&);
 
 struct Dequantize4bit {
   QuantType type = QuantType::nf4;
   int64_t blocksize = 64;
-  std::span<const uint8_t> codes;  // packed_size(n)
-  std::span<const float> absmax;   // blocks_of(n, blocksize)
-  View out;                        // n elements
+  std::span<const uint8_t> codes = {};  // packed_size(n)
+  std::span<const float> absmax = {};   // blocks_of(n, blocksize)
+  View out = {};                        // n elements
 };
 void dequantize_4bit(const Dequantize4bit&);
 
-// `code` holds 256 values in ascending order. The nearest one is taken by t against the fp32 midpoints of neighbours; a tie goes to the even
-// code number. 0.0 in a map that contains 0.0 stays 0.0.
+// `code` holds 256 values in ascending order. The nearest one is taken by t against the fp32 midpoints of neighbours; a tie goes to the
+// even code number. 0.0 in a map that contains 0.0 stays 0.0.
 struct QuantizeBlockwise {
   int64_t blocksize = 256;
-  std::span<const float> code;  // 256
-  ConstView x;                  // n elements
-  std::span<uint8_t> codes;     // n
-  std::span<float> absmax;      // blocks_of(n, blocksize)
+  std::span<const float> code = {};  // 256
+  ConstView x = {};                  // n elements
+  std::span<uint8_t> codes = {};     // n
+  std::span<float> absmax = {};      // blocks_of(n, blocksize)
 };
 void quantize_blockwise(const QuantizeBlockwise&);
 
 // `code` need not be sorted here.
 struct DequantizeBlockwise {
   int64_t blocksize = 256;
-  std::span<const float> code;     // 256
-  std::span<const uint8_t> codes;  // n
-  std::span<const float> absmax;   // blocks_of(n, blocksize)
-  View out;                        // n elements
+  std::span<const float> code = {};     // 256
+  std::span<const uint8_t> codes = {};  // n
+  std::span<const float> absmax = {};   // blocks_of(n, blocksize)
+  View out = {};                        // n elements
 };
 void dequantize_blockwise(const DequantizeBlockwise&);
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
+#include <type_traits>
 
 namespace bnb {
 
@@ -40,7 +41,7 @@ struct ConstView {
   ConstView() = default;
   ConstView(const void* p, DType t, int64_t n) : data(p), dtype(t), size(n) {}
   template <class T>
-  ConstView(std::span<const T> s) : data(s.data()), dtype(dtype_of<T>), size(static_cast<int64_t>(s.size())) {}
+  ConstView(std::span<T> s) : data(s.data()), dtype(dtype_of<std::remove_const_t<T>>), size(static_cast<int64_t>(s.size())) {}
 };
 
 struct View {
