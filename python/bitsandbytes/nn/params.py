@@ -83,6 +83,11 @@ class _QuantizedParameter(torch.nn.Parameter):
     def double(self, *args: Any, **kwargs: Any) -> Any:
         return self._cast(torch.float64)
 
+    def detach(self) -> Any:
+        # A plain tensor, as state dicts need it; but torch.nn.Module.to("meta") makes the new parameter from it.
+        data = super().detach()
+        return self._with_data(data) if data.is_meta else data
+
     def __copy__(self) -> Self:
         return self._with_data(self.data)
 
