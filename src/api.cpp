@@ -4,6 +4,7 @@
 #include "check.h"
 #include "cpu/codebook8.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/scratch.h"
 #include "parallel.h"
 
@@ -23,6 +24,7 @@ void quantize_4bit(const Quantize4bit& d) {
   check.view("x", d.x);
   check.size("codes", d.codes, packed_size(d.x.size));
   check.size("absmax", d.absmax, blocks_of(d.x.size, d.blocksize));
+  cpu::prefer_huge_pages(d.codes.data(), packed_size(d.x.size));
   const auto& kernels = cpu::active();
   parallel_for(blocks_of(d.x.size, d.blocksize), grain_blocks(d.blocksize),
                [&](int64_t begin, int64_t end) { kernels.quantize_4bit(d, {begin, end}); });
@@ -34,6 +36,7 @@ void dequantize_4bit(const Dequantize4bit& d) {
   check.view("out", d.out);
   check.size("codes", d.codes, packed_size(d.out.size));
   check.size("absmax", d.absmax, blocks_of(d.out.size, d.blocksize));
+  cpu::prefer_huge_pages(d.out.data, d.out.size * size_of(d.out.dtype));
   const auto& kernels = cpu::active();
   parallel_for(blocks_of(d.out.size, d.blocksize), grain_blocks(d.blocksize),
                [&](int64_t begin, int64_t end) { kernels.dequantize_4bit(d, {begin, end}); });
@@ -48,6 +51,7 @@ void quantize_blockwise(const QuantizeBlockwise& d) {
   check.size("codes", d.codes, d.x.size);
   check.size("absmax", d.absmax, blocks_of(d.x.size, d.blocksize));
   if (d.x.size == 0) return;
+  cpu::prefer_huge_pages(d.codes.data(), d.x.size);
   const auto& kernels = cpu::active();
   const auto encoder = cpu::encoder_for(d.code, d.x.size);
   parallel_for(blocks_of(d.x.size, d.blocksize), grain_blocks(d.blocksize),
@@ -61,6 +65,7 @@ void dequantize_blockwise(const DequantizeBlockwise& d) {
   check.size("code", d.code, 256);
   check.size("codes", d.codes, d.out.size);
   check.size("absmax", d.absmax, blocks_of(d.out.size, d.blocksize));
+  cpu::prefer_huge_pages(d.out.data, d.out.size * size_of(d.out.dtype));
   const auto& kernels = cpu::active();
   parallel_for(blocks_of(d.out.size, d.blocksize), grain_blocks(d.blocksize),
                [&](int64_t begin, int64_t end) { kernels.dequantize_blockwise(d, {begin, end}); });
