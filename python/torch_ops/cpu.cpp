@@ -67,23 +67,42 @@ struct Args : Checker {
     for (int64_t s : shape) n = product(argument, n, s);
     return n;
   }
-  // An `out` tensor: contiguous, of the given type and number of elements.
-  View output(const Tensor& out, ScalarType dtype, int64_t n) const {
+  // An `out` tensor: contiguous, of the given type and shape.
+  View output(const Tensor& out, ScalarType dtype, std::span<const int64_t> shape) const {
     on_cpu("out", out);
     type("out", out, dtype);
+    if (!std::ranges::equal(out.sizes(), shape)) [[unlikely]]
+      fail("out", "of shape " + text(out.sizes()), text(shape));
     if (!out.is_contiguous()) fail("out", "not contiguous", "a contiguous tensor");
-    equal("out", out.numel(), n, "as shape says");
-    return {n ? out.mutable_data_ptr() : nullptr, float_type("out", dtype), n};
+    return {out.numel() ? out.mutable_data_ptr() : nullptr, float_type("out", dtype), out.numel()};
+  }
+  static std::string text(std::span<const int64_t> shape) {
+    std::string s;
+    for (int64_t size : shape) s.append(s.empty() ? "[" : ", ").append(std::to_string(size));
+    return s.empty() ? "[]" : s + "]";
+  }
+  // Packed codes may be stored under any of these; what counts is their bytes.
+  void storage(std::string_view argument, ScalarType t) const {
+    using enum ScalarType;
+    for (ScalarType s : {Byte, Char, Short, Int, Long, Half, BFloat16, Float, Double})
+      if (t == s) return;
+    fail(argument, std::string("of dtype ") + name_of(t), "an integer or floating point dtype of at most 64 bits");
+  }
+  Tensor packed(std::string_view argument, const Tensor& t) const {
+    storage(argument, t.scalar_type());
+    return input(argument, t);
+  }
+  Tensor map(std::string_view argument, const Tensor& t) const {
+    equal(argument, t.numel(), 256, "the values of all codes");
+    return floats(argument, t);
   }
 };
 
-template <class T>
-std::span<const T> read(const Tensor& t) {
+template <class T> std::span<const T> read(const Tensor& t) {
   const auto n = static_cast<size_t>(t.numel());
   return {n ? static_cast<const T*>(t.const_data_ptr()) : nullptr, n};
 }
-template <class T>
-std::span<T> write(const Tensor& t) {
+template <class T> std::span<T> write(const Tensor& t) {
   const auto n = static_cast<size_t>(t.numel());
   return {n ? static_cast<T*>(t.mutable_data_ptr()) : nullptr, n};
 }
@@ -92,7 +111,6 @@ int64_t item_size(ScalarType t) {
   return static_cast<int64_t>(aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(t))));
 }
 
-// Quantized weights may be stored under any dtype; what counts is their bytes.
 std::span<const uint8_t> bytes(const Tensor& t) {
   const int64_t n = t.numel() * item_size(t.scalar_type());
   return {n ? static_cast<const uint8_t*>(t.const_data_ptr()) : nullptr, static_cast<size_t>(n)};
@@ -111,6 +129,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a, int64_t blocksize, con
   const Tensor x = args.input("A", a);
   Quantize4bit d{args.quant_type(quant_type), blocksize, args.values("A", x), {}, {}};
   args.blocksize(blocksize);
+  args.storage("quant_storage", storage);
   const int64_t packed = packed_size(d.x.size);
   const Tensor absmax = new_empty(x, std::array{blocks_of(d.x.size, blocksize)}, ScalarType::Float);
   // Whole storage elements; bytes behind the last code are zero.
@@ -122,19 +141,21 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a, int64_t blocksize, con
   return {out, absmax};
 }
 
-void dequantize_4bit_out(const Tensor& a, const Tensor& absmax, int64_t blocksize, const Str& quant_type, const Sizes& shape, ScalarType dtype,
-                         const Tensor& out) {
+void dequantize_4bit_out(const Tensor& a, const Tensor& absmax, int64_t blocksize, const Str& quant_type, const Sizes& shape,
+                         ScalarType dtype, const Tensor& out) {
   const Args args("dequantize_4bit");
-  const Tensor codes = args.input("A", a), scales = args.floats("absmax", absmax);
-  const View y = args.output(out, dtype, args.elements("shape", shape));
+  const Tensor codes = args.packed("A", a), scales = args.floats("absmax", absmax);
+  args.elements("shape", shape);
+  const View y = args.output(out, dtype, shape);
   bnb::dequantize_4bit({args.quant_type(quant_type), blocksize, bytes(codes), read<float>(scales), y});
 }
 
-Tensor dequantize_4bit(const Tensor& a, const Tensor& absmax, int64_t blocksize, const Str& quant_type, const Sizes& shape, ScalarType dtype) {
+Tensor dequantize_4bit(const Tensor& a, const Tensor& absmax, int64_t blocksize, const Str& quant_type, const Sizes& shape,
+                       ScalarType dtype) {
   const Args args("dequantize_4bit");
   args.float_type("dtype", dtype);
   const int64_t n = args.elements("shape", shape);
-  args.size("A", bytes(args.input("A", a)), packed_size(n));  // before memory of that size is asked for
+  args.size("A", bytes(args.packed("A", a)), packed_size(n));  // before memory of that size is asked for
   const Tensor out = new_empty(a, shape, dtype);
   dequantize_4bit_out(a, absmax, blocksize, quant_type, shape, dtype, out);
   return out;
@@ -142,7 +163,7 @@ Tensor dequantize_4bit(const Tensor& a, const Tensor& absmax, int64_t blocksize,
 
 std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& a, const Tensor& code, int64_t blocksize) {
   const Args args("quantize_blockwise");
-  const Tensor x = args.input("A", a), map = args.floats("code", code);
+  const Tensor x = args.input("A", a), map = args.map("code", code);
   args.blocksize(blocksize);
   const ConstView values = args.values("A", x);
   const Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Byte);
@@ -151,11 +172,12 @@ std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& a, const Tensor& cod
   return {out, absmax};
 }
 
-void dequantize_blockwise_out(const Tensor& a, const Tensor& absmax, const Tensor& code, int64_t blocksize, ScalarType dtype, const Tensor& out) {
+void dequantize_blockwise_out(const Tensor& a, const Tensor& absmax, const Tensor& code, int64_t blocksize, ScalarType dtype,
+                              const Tensor& out) {
   const Args args("dequantize_blockwise");
   args.type("A", a, ScalarType::Byte);
-  const Tensor codes = args.input("A", a), scales = args.floats("absmax", absmax), map = args.floats("code", code);
-  const View y = args.output(out, dtype, codes.numel());
+  const Tensor codes = args.input("A", a), scales = args.floats("absmax", absmax), map = args.map("code", code);
+  const View y = args.output(out, dtype, codes.sizes());
   bnb::dequantize_blockwise({blocksize, read<float>(map), read<uint8_t>(codes), read<float>(scales), y});
 }
 
@@ -187,15 +209,19 @@ struct Product {
                 "a last size of " + std::to_string(d.k) + ", as shapeB says");
     d.m = args.elements("A", {shape.data(), shape.size() - 1});
   }
+  Sizes shape() const {
+    Sizes s(a.sizes().begin(), a.sizes().end());
+    s.back() = d.n;
+    return s;
+  }
   Tensor new_out() const {
     args.product("shapeB", d.n, d.k);
     args.size("B", d.codes, packed_size(d.n * d.k));
-    Sizes shape(a.sizes().begin(), a.sizes().end());
-    shape.back() = d.n;
-    return new_empty(a, shape, a.scalar_type());
+    return new_empty(a, shape(), a.scalar_type());
   }
   void run_into(const Tensor& out) {
-    d.out = args.output(out, a.scalar_type(), args.product("out", d.m, d.n));
+    args.product("out", d.m, d.n);
+    d.out = args.output(out, a.scalar_type(), shape());
     bnb::gemm_4bit(d);
   }
 };
@@ -205,7 +231,7 @@ Tensor gemm_4bit(const Tensor& activations, const Tensor& b, const Sizes& shape_
                  const std::optional<Tensor>& absmax_code, const std::optional<Tensor>& absmax_offset) {
   const Args args("gemm_4bit");
   Product product(args, activations, shape_b);
-  const Tensor codes = args.input("B", b), scales = args.floats("absmax", absmax);
+  const Tensor codes = args.packed("B", b), scales = args.floats("absmax", absmax);
   auto& d = product.d;
   d.type = args.quant_type(quant_type);
   d.blocksize = blocksize;
@@ -220,7 +246,7 @@ Tensor gemm_4bit(const Tensor& activations, const Tensor& b, const Sizes& shape_
     if (!absmax_code || !absmax_offset) args.fail("absmax_8bit", "given alone", "absmax_code and absmax_offset beside it");
     args.type("absmax_8bit", *absmax_8bit, ScalarType::Byte);
     kept_8bit = args.input("absmax_8bit", *absmax_8bit);
-    kept_code = args.floats("absmax_code", *absmax_code);
+    kept_code = args.map("absmax_code", *absmax_code);
     kept_offset = args.floats("absmax_offset", *absmax_offset);
     args.equal("absmax_offset", kept_offset->numel(), 1, "one value");
     d.absmax.codes = read<uint8_t>(*kept_8bit);
@@ -228,6 +254,7 @@ Tensor gemm_4bit(const Tensor& activations, const Tensor& b, const Sizes& shape_
     d.absmax.nested = read<float>(scales);
     d.absmax.offset = read<float>(*kept_offset)[0];
   } else {
+    if (absmax_code || absmax_offset) args.fail(absmax_code ? "absmax_code" : "absmax_offset", "given alone", "absmax_8bit beside it");
     d.absmax.values = read<float>(scales);
   }
   const Tensor out = product.new_out();
@@ -246,7 +273,7 @@ QuantType type_of_code(const Args& args, const Tensor& code) {
 
 void gemv_4bit_into(const Args& args, Product& product, const Tensor& b, const Tensor& absmax, const Tensor& code, int64_t blocksize,
                     const Tensor* out, Tensor* result) {
-  const Tensor codes = args.input("B", b), scales = args.floats("absmax", absmax);
+  const Tensor codes = args.packed("B", b), scales = args.floats("absmax", absmax);
   product.d.type = type_of_code(args, code);
   product.d.blocksize = blocksize;
   product.d.codes = bytes(codes);
