@@ -37,7 +37,7 @@ def floats(x: torch.Tensor) -> np.ndarray:
 
 def raw(x: torch.Tensor) -> np.ndarray:
     """The bytes of a tensor."""
-    return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return x.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
 
 
 def blocks_of(n: int, blocksize: int) -> int:

@@ -1,0 +1,122 @@
+"""Makes the calls BEGIN to END of a seed in this process, which a wrong kernel may end: python fuzz_worker.py SEED BEGIN END [--show]
+
+Prints the number of a call before making it (in the file --progress), a line of JSON for each wrong outcome, and a summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+import resource
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from fuzz_calls import Call, GuardedMemory, make_call, targets
+from reference import raw
+
+MEMORY = 4 << 30  # bytes beyond what the process has at the start
+SECONDS = 60  # for one call
+
+# What a wrong argument may raise; AttributeError where no tensor was given at all. Others are accidents inside the library.
+EXPECTED = (TypeError, ValueError, RuntimeError, NotImplementedError, MemoryError, OverflowError, AttributeError)
+ACCIDENTS = re.compile(r"INTERNAL ASSERT|to unpack|list index|std::|vector::|_M_")
+
+
+def limit_memory() -> None:
+    used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in tensors_of(v)]
+    return []
+
+
+def shapes(value: Any) -> list[tuple[Any, ...]]:
+    return [(tuple(t.shape), t.dtype) for t in tensors_of(value)]
+
+
+def comparable(t: torch.Tensor) -> bool:
+    return t.layout == torch.strided and t.device.type == "cpu" and t.numel() < 1 << 20
+
+
+def outcome(call: Call) -> tuple[str, str | None]:
+    """("returned" or the exception, what is wrong with it)."""
+    arguments = call.arguments
+    inputs = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and comparable(v) and k not in ("out", "absmax")}
+    before = {k: raw(v).copy() for k, v in inputs.items()}
+    try:
+        result = call.target.call(**arguments)
+    except EXPECTED as error:
+        if isinstance(error, RecursionError) or ACCIDENTS.search(str(error)):
+            return type(error).__name__, f"{type(error).__name__}: {error}"[:300]
+        named = len(call.spoilt) == 1 and re.search(rf"\b{call.spoilt[0]}\b", str(error)) is not None
+        return ("named" if named else "unnamed") if len(call.spoilt) == 1 else type(error).__name__, None
+    except Exception as error:  # reported as a failure
+        return type(error).__name__, f"{type(error).__name__}: {error}"[:300]
+    for name, t in inputs.items():
+        if (raw(t) != before[name]).any():
+            return "returned", f"{name} was changed"
+    return "returned", wrong_result(call, result)
+
+
+def wrong_result(call: Call, result: Any) -> str | None:
+    """An operator's result must have the shapes and types that its fake gives."""
+    if call.target.overload is None:
+        return None
+    given = [v for v in call.arguments.values() if isinstance(v, torch.Tensor)]
+    if any(v.layout != torch.strided or v.is_meta for v in given):
+        return None
+    try:
+        expected = call.target.call(**{k: v.detach().to("meta") if isinstance(v, torch.Tensor) else v for k, v in call.arguments.items()})
+    except (ValueError, RuntimeError, TypeError) as error:
+        return f"the kernel took what the fake refuses: {error}"[:300]
+    if shapes(result) != shapes(expected):
+        return f"returned {shapes(result)}, the fake says {shapes(expected)}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seed", type=int)
+    parser.add_argument("begin", type=int)
+    parser.add_argument("end", type=int)
+    parser.add_argument("--progress", type=Path)
+    parser.add_argument("--show", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    warnings.simplefilter("ignore")
+    all_targets, guarded = targets(), GuardedMemory()
+    limit_memory()
+    counts: collections.Counter[str] = collections.Counter()
+    progress = options.progress.open("wb", buffering=0) if options.progress else None
+    for index in range(options.begin, options.end):
+        if progress:
+            progress.seek(0)
+            progress.write(b"%20d" % index)
+        call = make_call(options.seed, index, all_targets, guarded)
+        if options.show:
+            print(index, call, flush=True)
+        signal.alarm(SECONDS)  # ends the process: a kernel that hangs does not look at Python's handlers
+        kind, problem = outcome(call)
+        signal.alarm(0)
+        counts[kind] += 1
+        if options.show:
+            print("   ", kind, problem, flush=True)
+        if problem:
+            print(json.dumps({"index": index, "problem": problem, "call": str(call)[:1500]}), flush=True)
+    print(json.dumps({"summary": counts, "targets": len(all_targets)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
