@@ -23,7 +23,15 @@ void torch_parallel(int64_t count, int64_t grain, ParallelBody body, void* conte
   STD_TORCH_CHECK(torch_parallel_for(0, count, grain, run, &job) == 0, "parallel_for failed");
 }
 
-const char* name_of(ScalarType t) { return torch::headeronly::toString(t); }
+// As Python writes it: float32, not Float.
+const char* name_of(ScalarType t) {
+  using enum ScalarType;
+  constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {Byte, "uint8"},   {Char, "int8"},         {Short, "int16"},   {Int, "int32"},      {Long, "int64"},
+      {Half, "float16"}, {BFloat16, "bfloat16"}, {Float, "float32"}, {Double, "float64"}, {Bool, "bool"}};
+  const auto known = std::ranges::find(kNames, t, &std::pair<ScalarType, const char*>::first);
+  return known != std::end(kNames) ? known->second : torch::headeronly::toString(t);
+}
 
 struct Args : Checker {
   using Checker::Checker;
