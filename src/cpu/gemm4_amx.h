@@ -39,9 +39,12 @@ BNB_INLINE void transpose(__m512i (&x)[16]) {
 template <class Isa>
 class AmxGemm {
   using Math = Bf16Math<Isa>;
-  static constexpr int64_t tile = 16, tile_bytes = 1024, tile_elements = 512, tiles_per_group = 2;
-  static constexpr int64_t panel_rows = 2 * tile;          // rows of W at once
-  static constexpr int64_t short_chunk = 2, chunk = 8;     // groups of k that are decoded at once, for at most 32 rows of a and for more
+  static constexpr int64_t tile = 16, tile_bytes = 1024;
+  static constexpr int64_t group_bytes = 2 * tile_bytes;   // of a decoded group of 16 rows of W
+  static constexpr int64_t panel_tiles = 4;                // times 16 rows of W at once, for up to 16 rows of a; half of that for more
+  static constexpr int64_t chunk = 4;                      // groups of k that are decoded at once, for more than 32 rows of a
+  static constexpr int64_t panel_bytes = 2 * panel_tiles * group_bytes;
+  static_assert(2 * chunk * group_bytes <= panel_bytes);
   static constexpr int64_t block_bytes = 5 << 18;          // of packed a that stay in L2
 
   static int64_t groups(const Gemm4bit& d) { return ceil_div(d.k, kGroup); }
@@ -51,7 +54,7 @@ class AmxGemm {
   static int64_t row_tiles(const Gemm4bit& d) { return ceil_div(d.m, tile); }
 
  public:
-  static int64_t pack_bytes(const Gemm4bit& d) { return row_tiles(d) * groups(d) * tiles_per_group * packed_tile_bytes(d); }
+  static int64_t pack_bytes(const Gemm4bit& d) { return row_tiles(d) * groups(d) * 2 * packed_tile_bytes(d); }
   static int64_t pack_units(const Gemm4bit& d) { return row_tiles(d); }
 
   // [row tile][k / 32][16 pairs of k][width]
@@ -59,10 +62,10 @@ class AmxGemm {
     const int64_t columns = width(d), bytes = packed_tile_bytes(d);
     const auto mask = static_cast<__mmask16>((1u << columns) - 1);
     for (int64_t u = units.begin; u < units.end; ++u) {
-      auto* to = static_cast<char*>(packed) + u * groups(d) * tiles_per_group * bytes;
+      auto* to = static_cast<char*>(packed) + u * groups(d) * 2 * bytes;
       const int64_t m = u * tile, count = smaller(tile, d.m - m);
       const BFloat16* from = static_cast<const BFloat16*>(d.a.data) + m * d.k;
-      for (int64_t k = 0; k < d.k; k += kGroup, to += tiles_per_group * bytes) {
+      for (int64_t k = 0; k < d.k; k += kGroup, to += 2 * bytes) {
         __m512i x[2][tile];
         for (int64_t i = 0; i < tile; ++i) {
           __m512i v[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -75,7 +78,7 @@ class AmxGemm {
           }
           x[0][i] = v[0], x[1][i] = v[1];
         }
-        for (int64_t t = 0; t < tiles_per_group; ++t) {
+        for (int64_t t = 0; t < 2; ++t) {
           if (columns == 1) {
             _mm512_storeu_si512(to + t * bytes, x[t][0]);
           } else {
@@ -120,97 +123,168 @@ class AmxGemm {
         groups_(groups(d)),
         layout_(layout_of(d)),
         x_tile_(packed_tile_bytes(d)),
-        x_tile_row_(groups_ * tiles_per_group * x_tile_),
-        chunk_(d.m <= 2 * tile ? short_chunk : chunk),
+        x_tile_row_(groups_ * 2 * x_tile_),
         block_tiles_(block_tiles(d)),
-        scratch_((2 * chunk_ * tiles_per_group + 2 * block_tiles_) * tile_bytes + panel_rows * absmax_floats() * 4),
+        scratch_(panel_bytes + sum_tiles(d) * tile_bytes + panel_tiles * tile * Decoder<Math>::row_floats(d) * 4),
         panel_(static_cast<char*>(scratch_.data())),
-        sums_(panel_ + 2 * chunk_ * tiles_per_group * tile_bytes),
-        absmax_(reinterpret_cast<float*>(sums_ + 2 * block_tiles_ * tile_bytes)) {}
+        sums_(panel_ + panel_bytes),
+        absmax_(reinterpret_cast<float*>(sums_ + sum_tiles(d) * tile_bytes)) {}
 
-  int64_t absmax_floats() const { return Decoder<Math>::absmax_floats(d_); }
   // Row tiles of a that stay in L2: an even number.
   static int64_t block_tiles(const Gemm4bit& d) {
-    const int64_t fit = block_bytes / (groups(d) * tiles_per_group * tile_bytes + 1) / 2 * 2, all = (row_tiles(d) + 1) / 2 * 2;
+    const int64_t fit = block_bytes / (groups(d) * 2 * tile_bytes + 1) / 2 * 2, all = (row_tiles(d) + 1) / 2 * 2;
     return smaller(all, fit < 4 ? 4 : fit);
   }
+
+  static int64_t sum_tiles(const Gemm4bit& d) { return 2 * block_tiles(d) > panel_tiles ? 2 * block_tiles(d) : panel_tiles; }
 
   void run(Range columns) const {
     for (int64_t t = 0; t < row_tiles(d_); t += block_tiles_) {
       const int64_t count = smaller(block_tiles_, row_tiles(d_) - t);
       with(layout_, [&](auto layout) {
-        for (int64_t n = columns.begin; n < columns.end; n += panel_rows) {
-          if (columns.end - n > tile)
-            columns_of<layout(), 2>(t, count, n);
-          else
-            columns_of<layout(), 1>(t, count, n);
+        int64_t n = columns.begin;
+        const auto sweep = [&](auto p, auto q) {
+          for (; columns.end - n > (p == 1 ? 0 : (p - 1) * tile); n += p * tile) columns_of<layout(), p(), q()>(t, count, n);
+        };
+        using one = std::integral_constant<int, 1>;
+        using two = std::integral_constant<int, 2>;
+        using many = std::integral_constant<int, 0>;
+        if (count == 1) {
+          sweep(std::integral_constant<int, panel_tiles>{}, one{});
+          sweep(two{}, one{});
+          sweep(one{}, one{});
+        } else if (count == 2) {
+          sweep(two{}, two{});
+          sweep(one{}, two{});
+        } else {
+          sweep(two{}, many{});
+          sweep(one{}, many{});
         }
       });
     }
   }
 
-  // 16 * P columns of y from n on, rows of `count` tiles from tile t on.
-  template <Layout layout, int P>
+  // 16 P columns of y from n on; Q tiles of rows (0: `count`) from tile t on.
+  template <Layout layout, int P, int Q>
   void columns_of(int64_t t, int64_t count, int64_t n) const {
     Row rows[P * tile];
-    for (int64_t i = 0; i < P * tile; ++i) rows[i] = decoder_.row(smaller(n + i, d_.n - 1), absmax_ + i * absmax_floats());
+    for (int64_t i = 0; i < P * tile; ++i) {
+      decoder_.prefetch_absmax(n + i + P * tile);
+      rows[i] = decoder_.template row<layout>(smaller(n + i, d_.n - 1), absmax_ + i * Decoder<Math>::row_floats(d_));
+    }
     const char* x = x_ + t * x_tile_row_;
-    int64_t g = 0;
-    do {
-      const int64_t end = smaller(g + chunk_, groups_), k_tiles = (end - g) * tiles_per_group;
-      for (int64_t p = 0; p < P; ++p)
-        for (int64_t i = 0; i < tile; ++i) {
-          auto* to = reinterpret_cast<uint16_t*>(panel_ + p * chunk_ * tiles_per_group * tile_bytes) + i * 32;
-          decoder_.template groups<layout>(rows[p * tile + i], g, end, to, tile_elements);
-        }
-      for (int64_t s = 0; s < count; s += 2) {
-        const char* b = x + s * x_tile_row_ + g * tiles_per_group * x_tile_;
-        char* sums = sums_ + s * P * tile_bytes;
-        if (count - s > 1)
-          multiply<P, 2>(k_tiles, b, sums, g == 0);
-        else
-          multiply<P, 1>(k_tiles, b, sums, g == 0);
-      }
-      g = end;
-    } while (g < groups_);
+    if constexpr (Q == 0)
+      wide<layout, P>(rows, n, x, count);
+    else
+      narrow<layout, P, Q>(rows, n, x);
     for (int64_t s = 0; s < count; ++s)
       for (int64_t p = 0; p < P; ++p) write(sums_ + (s * P + p) * tile_bytes, n + p * tile, (t + s) * tile);
   }
 
-  // P x Q tiles of sums over k_tiles tiles of the panel.
-  template <int P, int Q>
-  [[gnu::noinline]] void multiply(int64_t k_tiles, const char* b, char* sums, bool first) const {
-    const int64_t row = width(d_) * 4;
-    const char *a = panel_, *a2 = panel_ + chunk_ * tiles_per_group * tile_bytes;
-    if (first) {
-      _tile_zero(0);
-      if (P > 1) _tile_zero(1);
-      if (Q > 1) _tile_zero(2);
-      if (P > 1 && Q > 1) _tile_zero(3);
-    } else {
-      _tile_loadd(0, sums, 64);
-      if (P > 1) _tile_loadd(1, sums + tile_bytes, 64);
-      if (Q > 1) _tile_loadd(2, sums + P * tile_bytes, 64);
-      if (P > 1 && Q > 1) _tile_loadd(3, sums + (P + 1) * tile_bytes, 64);
+  // Up to 2 tiles of rows of a: sums stay in registers; group g is decoded while group g - 1 is multiplied.
+  template <Layout layout, int P, int Q>
+  void narrow(const Row* rows, int64_t n, const char* x) const {
+    Sums<P, Q>::zero();
+    for (int64_t g = 0; g <= groups_; ++g) {
+      if (g < groups_) decode<layout, P>(rows, n, g, panel_ + g % 2 * P * group_bytes, group_bytes);
+      if (g > 0) Sums<P, Q>::add(1, panel_ + (g - 1) % 2 * P * group_bytes, group_bytes, x + (g - 1) * 2 * x_tile_, x_tile_, x_tile_row_);
     }
-    for (int64_t i = 0; i < k_tiles; ++i, a += tile_bytes, a2 += tile_bytes, b += x_tile_) {
-      _tile_loadd(4, a, 64);
-      _tile_loadd(6, b, row);
+    Sums<P, Q>::store(sums_);
+  }
+
+  template <Layout layout, int P>
+  void wide(const Row* rows, int64_t n, const char* x, int64_t count) const {
+    constexpr int64_t stride = chunk * group_bytes;
+    for (int64_t g = 0; g < groups_; g += chunk) {
+      const int64_t end = smaller(g + chunk, groups_);
+      for (int64_t i = g; i < end; ++i) decode<layout, P>(rows, n, i, panel_ + (i - g) * group_bytes, stride);
+      for (int64_t s = 0; s < count; s += 2) {
+        const char* b = x + s * x_tile_row_ + g * 2 * x_tile_;
+        char* sums = sums_ + s * P * tile_bytes;
+        if (count - s > 1)
+          multiply<P, 2>(end - g, stride, b, sums, g == 0);
+        else
+          multiply<P, 1>(end - g, stride, b, sums, g == 0);
+      }
+    }
+    if (groups_ == 0) std::memset(sums_, 0, static_cast<size_t>(count * P * tile_bytes));
+  }
+
+  // Group g of 16 P rows, to 2 P tiles of the panel: [P][16 rows][64 k], panel_stride bytes from one P to the next.
+  template <Layout layout, int P>
+  BNB_INLINE void decode(const Row* rows, int64_t n, int64_t g, char* to, int64_t panel_stride) const {
+    for (int p = 0; p < P; ++p)
+      decoder_.template group_of_rows<layout, tile>(rows + p * tile, n + p * tile, g, reinterpret_cast<uint16_t*>(to + p * panel_stride), kGroup,
+                                                    kGroup / 2, P * tile * d_.k / 2);
+  }
+
+  // P x Q tiles of sums, tile p + P q in memory: 4 x 1, or up to 2 x 2.
+  template <int P, int Q>
+  struct Sums {
+    static constexpr int count = P * Q;
+    BNB_INLINE static void zero() {
+      _tile_zero(0);
+      if (count > 1) _tile_zero(1);
+      if (count > 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+    }
+    BNB_INLINE static void load(const char* sums) {
+      _tile_loadd(0, sums, 64);
+      if (count > 1) _tile_loadd(1, sums + tile_bytes, 64);
+      if (count > 2) {
+        _tile_loadd(2, sums + 2 * tile_bytes, 64);
+        _tile_loadd(3, sums + 3 * tile_bytes, 64);
+      }
+    }
+    BNB_INLINE static void store(char* sums) {
+      _tile_stored(0, sums, 64);
+      if (count > 1) _tile_stored(1, sums + tile_bytes, 64);
+      if (count > 2) {
+        _tile_stored(2, sums + 2 * tile_bytes, 64);
+        _tile_stored(3, sums + 3 * tile_bytes, 64);
+      }
+    }
+    // Adds `groups` groups of k. a: weights; b: activations, tiles b_tile bytes apart along k and b_row along m.
+    BNB_INLINE static void add(int64_t groups, const char* a, int64_t panel_stride, const char* b, int64_t b_tile, int64_t b_row) {
+      for (; groups > 0; --groups, a += group_bytes, b += 2 * b_tile) {
+        half(a, panel_stride, b, b_tile, b_row);
+        half(a + 64, panel_stride, b + b_tile, b_tile, b_row);
+      }
+    }
+    BNB_INLINE static void half(const char* a, int64_t panel_stride, const char* b, int64_t b_tile, int64_t b_row) {
+      _tile_loadd(6, b, b_tile / 16);
+      _tile_loadd(4, a, 128);
       _tile_dpbf16ps(0, 4, 6);
       if (P > 1) {
-        _tile_loadd(5, a2, 64);
+        _tile_loadd(5, a + panel_stride, 128);
         _tile_dpbf16ps(1, 5, 6);
       }
-      if (Q > 1) {
-        _tile_loadd(7, b + x_tile_row_, row);
-        _tile_dpbf16ps(2, 4, 7);
-        if (P > 1) _tile_dpbf16ps(3, 5, 7);
+      if (P == 4) {
+        _tile_loadd(4, a + 2 * panel_stride, 128);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(5, a + 3 * panel_stride, 128);
+        _tile_dpbf16ps(3, 5, 6);
+      }
+      if (Q == 2) {
+        _tile_loadd(7, b + b_row, b_tile / 16);
+        if (P == 1) _tile_dpbf16ps(1, 4, 7);
+        if (P == 2) {
+          _tile_dpbf16ps(2, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
+        }
       }
     }
-    _tile_stored(0, sums, 64);
-    if (P > 1) _tile_stored(1, sums + tile_bytes, 64);
-    if (Q > 1) _tile_stored(2, sums + P * tile_bytes, 64);
-    if (P > 1 && Q > 1) _tile_stored(3, sums + (P + 1) * tile_bytes, 64);
+  };
+  template <int P, int Q>
+  [[gnu::noinline]] void multiply(int64_t groups, int64_t panel_stride, const char* b, char* sums, bool first) const {
+    if (first)
+      Sums<P, Q>::zero();
+    else
+      Sums<P, Q>::load(sums);
+    Sums<P, Q>::add(groups, panel_, panel_stride, b, x_tile_, x_tile_row_);
+    Sums<P, Q>::store(sums);
   }
 
   // y[m .. m + width)[n .. n + 16) from a tile of sums.
@@ -243,7 +317,7 @@ class AmxGemm {
   int64_t groups_;
   Layout layout_;
   int64_t x_tile_, x_tile_row_;  // bytes of a tile of a, and of a row of them along k
-  int64_t chunk_, block_tiles_;
+  int64_t block_tiles_;
   Scratch scratch_;
   char *panel_, *sums_;
   float* absmax_;

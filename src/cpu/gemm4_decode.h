@@ -33,100 +33,141 @@ BNB_INLINE void with(Layout layout, F&& f) {
   f(std::integral_constant<Layout, anywhere>{});
 }
 
-// One row of W: element k has code number `first + k` of `codes` and absmax[(offset + k) >> shift].
+// One row of W. absmax holds one number a group (Layout::groups), two (halves), or one for each block that the row touches (anywhere).
 struct Row {
-  const uint8_t* codes;  // of the byte that holds element 0
+  const uint8_t* codes;  // the byte that holds element 0
   const float* absmax;
-  int64_t offset;  // of element 0 in its block
-  bool odd;        // element 0 is a low nibble
 };
 
 // `Math` names the order and type of decoded weights: Element, Vec, lanes, Table, decode<split>, store, element.
 template <class Math>
 class Decoder {
+  static constexpr int vectors = kGroup / Math::lanes;
+
  public:
+  using Element = typename Math::Element;
+  using Vec = typename Math::Vec;
+  using Table = typename Math::Table;
+
   explicit Decoder(const Gemm4bit& d)
       : d_(d),
         values_(visit(d.type, [](auto format) { return decltype(format)::values.data(); })),
         table_(Math::table(values_)),
         shift_(__builtin_ctzll(static_cast<uint64_t>(d.blocksize))) {}
 
-  // Floats of scratch for the absmax of one row.
-  static int64_t absmax_floats(const Gemm4bit& d) { return d.absmax.is_nested() ? (d.k / d.blocksize + 2 + 15) / 16 * 16 : 0; }
+  // Floats of scratch that `row` may use.
+  static int64_t row_floats(const Gemm4bit& d) { return ceil_div(row_halves(d) + row_blocks(d), 16) * 16; }
 
-  // Nested absmax is decoded to `scratch`, once a row.
+  template <Layout layout>
   Row row(int64_t n, float* scratch) const {
-    const int64_t begin = n * d_.k, first = begin >> shift_;
+    const int64_t begin = n * d_.k, first = begin >> shift_, offset = begin & (d_.blocksize - 1);
     const uint8_t* codes = d_.codes.data() + begin / 2;
-    const int64_t offset = begin & (d_.blocksize - 1);
-    if (!d_.absmax.is_nested()) return {codes, d_.absmax.values.data() + first, offset, begin % 2 != 0};
-    const int64_t end = d_.k == 0 ? first : ((begin + d_.k - 1) >> shift_) + 1;
-    const int nested_shift = __builtin_ctzll(static_cast<uint64_t>(d_.absmax.nested_blocksize));
-    const float *code = d_.absmax.code.data(), offset_of_all = d_.absmax.offset;
-    for (int64_t b = first; b < end;) {
-      const float nested = d_.absmax.nested[static_cast<size_t>(b >> nested_shift)];
-      const int64_t stop = smaller(end, ((b >> nested_shift) + 1) << nested_shift), count = stop - b;
-      const uint8_t* q = d_.absmax.codes.data() + b;
-      float* to = scratch + (b - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const float scaled = code[q[i]] * nested;
-        to[i] = scaled + offset_of_all;
-      }
-      b = stop;
+    const float* blocks = d_.absmax.is_nested() ? nullptr : d_.absmax.values.data() + first;
+    if (!blocks) {
+      float* to = scratch + row_halves(d_);
+      const int64_t end = d_.k == 0 ? first : ((begin + d_.k - 1) >> shift_) + 1;
+      nested(first, end, to);
+      blocks = to;
     }
-    return {codes, scratch, offset, begin % 2 != 0};
+    constexpr int64_t unit = layout == Layout::groups ? kGroup : kGroup / 2;
+    if (layout == Layout::anywhere || d_.blocksize == unit) return {codes, blocks};
+    for (int64_t i = 0; i * unit < d_.k; ++i) scratch[i] = blocks[(offset + i * unit) >> shift_];
+    return {codes, scratch};
   }
 
-  BNB_INLINE float absmax(const Row& r, int64_t k) const { return r.absmax[(r.offset + k) >> shift_]; }
+  // Brings row n + ahead nearer, when row n is about to be read.
+  BNB_INLINE void prefetch_absmax(int64_t n) const {
+    if (d_.absmax.is_nested()) return;
+    const auto* p = reinterpret_cast<const char*>(d_.absmax.values.data() + (n * d_.k >> shift_));
+    for (int64_t i = 0; i < (d_.k >> shift_) * 4; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
 
-  // Group g of a row, in registers. Not for Layout::anywhere, nor for a last group of 32.
+  // To be kept in a local variable, that is in registers, around a loop.
+  const Table& table() const { return table_; }
+
+  // Group g of a row, in registers. Not for Layout::anywhere.
   template <Layout layout>
-  BNB_INLINE void group(const Row& r, int64_t g, typename Math::Vec (&w)[kGroup / Math::lanes]) const {
-    constexpr bool split = layout == Layout::halves;
-    Math::template decode<split>(table_, r.codes + g * (kGroup / 2), absmax(r, g * kGroup), split ? absmax(r, g * kGroup + 32) : 0, w);
+  BNB_INLINE static void group(const Table& table, const Row& r, int64_t g, Vec (&w)[vectors]) {
+    const uint8_t* codes = r.codes + g * (kGroup / 2);
+    if constexpr (layout == Layout::groups)
+      Math::template decode<false>(table, codes, r.absmax[g], 0, w);
+    else
+      Math::template decode<true>(table, codes, r.absmax[2 * g], r.absmax[2 * g + 1], w);
   }
   // The last group of a row of 64 i + 32 elements: the missing half is zero, whatever the absmax.
-  BNB_INLINE void half_group(const Row& r, int64_t g, typename Math::Vec (&w)[kGroup / Math::lanes]) const {
+  BNB_INLINE void half_group(const Row& r, int64_t g, Vec (&w)[vectors]) const {
     uint8_t codes[kGroup / 2] = {};
     std::memcpy(codes, r.codes + g * (kGroup / 2), kGroup / 4);
-    Math::template decode<true>(table_, codes, absmax(r, g * kGroup), 0, w);
+    Math::template decode<true>(table_, codes, r.absmax[2 * g], 0, w);
   }
 
-  // Groups [begin, end) of a row to memory, vectors `stride` elements apart. Zeros follow the row's last element.
-  template <Layout layout>
-  void groups(const Row& r, int64_t begin, int64_t end, typename Math::Element* to, int64_t stride) const {
-    if constexpr (layout == Layout::anywhere) return elements(r, begin, end, to, stride);
-    constexpr int vectors = kGroup / Math::lanes;
-    const int64_t whole = smaller(end, d_.k / kGroup);
-    typename Math::Vec w[vectors];
-    for (int64_t g = begin; g < whole; ++g, to += vectors * stride) {
-      group<layout>(r, g, w);
-      for (int i = 0; i < vectors; ++i) Math::store(to + i * stride, w[i]);
-    }
-    if (layout == Layout::halves && whole < end) {
-      half_group(r, whole, w);
-      for (int i = 0; i < vectors; ++i) Math::store(to + i * stride, w[i]);
+  // Group g of `count` rows from row n on to memory: rows row_stride, vectors of a group vector_stride elements apart.
+  // Zeros follow the last element of a row. `ahead` bytes further on, codes are prefetched.
+  template <Layout layout, int count>
+  BNB_INLINE void group_of_rows(const Row* rows, int64_t n, int64_t g, Element* to, int64_t row_stride, int64_t vector_stride,
+                                int64_t ahead) const {
+    if constexpr (layout == Layout::anywhere) {
+      for (int r = 0; r < count; ++r) elements(rows[r], smaller(n + r, d_.n - 1), g, to + r * row_stride, vector_stride);
+    } else if (layout == Layout::halves && g * kGroup + kGroup > d_.k) {
+      for (int r = 0; r < count; ++r, to += row_stride) {
+        Vec w[vectors];
+        half_group(rows[r], g, w);
+        for (int i = 0; i < vectors; ++i) Math::store(to + i * vector_stride, w[i]);
+      }
+    } else {
+      const Table table = table_;
+#pragma GCC unroll 4
+      for (int r = 0; r < count; ++r, to += row_stride) {
+        Vec w[vectors];
+        __builtin_prefetch(rows[r].codes + g * (kGroup / 2) + ahead, 0, 2);
+        group<layout>(table, rows[r], g, w);
+        for (int i = 0; i < vectors; ++i) Math::store(to + i * vector_stride, w[i]);
+      }
     }
   }
 
  private:
-  void elements(const Row& r, int64_t begin, int64_t end, typename Math::Element* to, int64_t stride) const {
+  static int64_t row_halves(const Gemm4bit& d) { return ceil_div(d.k, kGroup) * 2; }
+  static int64_t row_blocks(const Gemm4bit& d) { return d.absmax.is_nested() ? d.k / d.blocksize + 2 : 0; }
+
+  // to[b - begin] = fl(code[codes[b]] * nested) + offset
+  void nested(int64_t begin, int64_t end, float* to) const {
+    const Absmax& a = d_.absmax;
+    const int shift = __builtin_ctzll(static_cast<uint64_t>(a.nested_blocksize));
+    const float *code = a.code.data(), *scale = a.nested.data(), offset = a.offset;
+    const uint8_t* codes = a.codes.data();
+    while (begin < end) {
+      const int64_t stop = smaller(end, ((begin >> shift) + 1) << shift), count = stop - begin;
+      const float absmax = scale[begin >> shift];
+      for (int64_t i = 0; i < count; ++i) {
+        const float scaled = code[codes[begin + i]] * absmax;
+        to[i] = scaled + offset;
+      }
+      to += count, begin = stop;
+    }
+  }
+
+  // Group g of row n, whatever its blocks.
+  void elements(const Row& row, int64_t n, int64_t g, Element* to, int64_t vector_stride) const {
+    const int64_t odd = n * d_.k % 2, offset = n * d_.k & (d_.blocksize - 1);
     int64_t table_block = -1;
-    typename Math::Element table[16];
-    for (int64_t k = begin * kGroup; k < end * kGroup; ++k) {
-      const int64_t block = (r.offset + k) >> shift_;
-      if (block != table_block && k < d_.k)
-        for (int i = 0; i < 16; ++i) table[i] = Math::element(values_[i] * r.absmax[block]);
-      table_block = block;
-      const int64_t e = k + r.odd, place = (k / kGroup - begin) * kGroup + position<Math::lanes>(static_cast<int>(k % kGroup));
-      to[place / Math::lanes * stride + place % Math::lanes] =
-          k < d_.k ? table[r.codes[e / 2] >> (e % 2 != 0 ? 0 : 4) & 15] : typename Math::Element{};
+    Element table[16] = {};
+    for (int i = 0; i < kGroup; ++i) {
+      const int64_t k = g * kGroup + i, block = (offset + k) >> shift_, place = position<Math::lanes>(i);
+      Element w{};
+      if (k < d_.k) {
+        if (block != table_block)
+          for (int c = 0; c < 16; ++c) table[c] = Math::element(values_[c] * row.absmax[block]);
+        table_block = block;
+        w = table[row.codes[(k + odd) / 2] >> ((k + odd) % 2 != 0 ? 0 : 4) & 15];
+      }
+      to[place / Math::lanes * vector_stride + place % Math::lanes] = w;
     }
   }
 
   const Gemm4bit& d_;
   const float* values_;
-  typename Math::Table table_;
+  Table table_;
   int shift_;
 };
 

@@ -104,7 +104,7 @@ class DotGemm {
         scratch_(scratch_bytes(d)),
         sums_(static_cast<float*>(scratch_.data())),
         absmax_(sums_ + block_rows_ * columns_at_once),
-        panel_(reinterpret_cast<Element*>(absmax_ + columns_at_once * Decoder<Math>::absmax_floats(d))) {}
+        panel_(reinterpret_cast<Element*>(absmax_ + columns_at_once * Decoder<Math>::row_floats(d))) {}
 
   // Rows of a that stay in L2.
   static int64_t block_rows(const Gemm4bit& d) {
@@ -112,7 +112,7 @@ class DotGemm {
     return smaller(ceil_div(d.m, 16) * 16, (fit < 2 ? 2 : fit) * Tile::tile_rows + 15) / 16 * 16;
   }
   static int64_t scratch_bytes(const Gemm4bit& d) {
-    return (block_rows(d) + Decoder<Math>::absmax_floats(d)) * columns_at_once * 4 + columns_at_once * panel_stride * int64_t{sizeof(Element)};
+    return (block_rows(d) + Decoder<Math>::row_floats(d)) * columns_at_once * 4 + columns_at_once * panel_stride * int64_t{sizeof(Element)};
   }
 
   void run(Range columns) {
@@ -129,7 +129,7 @@ class DotGemm {
   void columns_of(int64_t m, int64_t count, int64_t n) {
     Row rows[columns_at_once];
     for (int j = 0; j < columns_at_once; ++j)
-      rows[j] = decoder_.row(smaller(n + j, d_.n - 1), absmax_ + j * Decoder<Math>::absmax_floats(d_));
+      rows[j] = decoder_.template row<layout>(smaller(n + j, d_.n - 1), absmax_ + j * Decoder<Math>::row_floats(d_));
     float bias[columns_at_once] = {};
     for (int j = 0; j < columns_at_once && n + j < d_.n && d_.bias.size != 0; ++j)
       visit(d_.bias.dtype, [&]<class B>(B value) {
@@ -142,7 +142,8 @@ class DotGemm {
       if (layout != Layout::anywhere && d_.m <= fused_rows) {
         tiles_of<fused_rows>(m, count, [&](int64_t i, auto height) { fused<layout, height()>(rows, i, g, end, sums_); });
       } else {
-        for (int j = 0; j < columns_at_once; ++j) decoder_.template groups<layout>(rows[j], g, end, panel_ + j * panel_stride, Math::lanes);
+        for (int64_t i = g; i < end; ++i)
+          decoder_.template group_of_rows<layout, columns_at_once>(rows, n, i, panel_ + (i - g) * kGroup, panel_stride, Math::lanes, 2 * d_.k);
         tiles_of<Tile::tile_rows>(m, count, [&](int64_t i, auto height) { tile<height()>(i, g, end, sums_ + (i - m) * columns_at_once); });
       }
       g = end;
@@ -206,13 +207,14 @@ class DotGemm {
         for (int i = 0; i < height; ++i)
           c[i][j] = Math::Ops::mul_add(w[v], Math::load(x + i * stride_ + g * kGroup + v * Math::lanes), c[i][j]);
     };
-    const int64_t whole = smaller(end, d_.k / kGroup), ahead = columns_at_once * d_.k / 2;
+    const auto table = decoder_.table();
+    const int64_t whole = smaller(end, d_.k / kGroup), ahead = 2 * d_.k;
     for (int64_t g = begin; g < whole; ++g) {
 #pragma GCC unroll 4
       for (int j = 0; j < columns_at_once; ++j) {
         Vec w[vectors];
         __builtin_prefetch(rows[j].codes + g * (kGroup / 2) + ahead);
-        decoder_.template group<layout>(rows[j], g, w);
+        Decoder<Math>::template group<layout>(table, rows[j], g, w);
         add(g, j, w);
       }
     }
