@@ -120,6 +120,7 @@ def _(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor,
 
 @register_kernel("bitsandbytes::gemv_4bit.out", "default")
 def _(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int, out: Tensor) -> None:
+    check_gemv_4bit(A, B, shapeB, absmax, code, blocksize)
     check.out_like("gemv_4bit", out, (*A.shape[:-1], shapeB[0]), A.dtype, A.device)
     out.copy_(_ops.gemv_4bit.default(A, B, shapeB, absmax, code, blocksize))
 
