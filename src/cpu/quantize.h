@@ -87,17 +87,17 @@ struct Quantize {
     constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
     const float largest = float_of(bits > kInfinity ? kNaN : bits), inv = inverse(largest);
     *absmax = largest;
-    const auto write = [&](const T* from, int64_t n, uint8_t* to) {
+    const auto write = [&](const T* from, int64_t n, int64_t padded, uint8_t* to) {
       if (bits < kInfinity) [[likely]]
-        encode.finite(from, n, inv, to);
+        encode.finite(from, padded, inv, to);
       else
         encode.any(from, n, inv, to);
     };
-    write(x, whole, codes);
+    write(x, whole, whole, codes);
     if (rest == 0) [[likely]]
       return;
     uint8_t last[kChunk];
-    write(end, kChunk, last);
+    write(end, rest, kChunk, last);
     __builtin_memcpy(codes + whole / Encode::per_byte, last, static_cast<size_t>((rest + Encode::per_byte - 1) / Encode::per_byte));
   }
 
