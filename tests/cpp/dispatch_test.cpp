@@ -1,0 +1,83 @@
+// Which instruction set runs: the best, or the one that was asked for, or an error that names the choices.
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <set>
+
+#include "cases.h"
+#include "cpu/kernels.h"
+
+namespace bnb::test {
+namespace {
+
+struct Run {
+  std::string output;
+  int status;
+};
+Run print_isa(const std::string& forced) {
+  const std::string command = "BNB_FORCE_ISA='" + forced + "' '" BNB_PRINT_ISA "' 2>&1";
+  FILE* pipe = popen(command.c_str(), "r");
+  EXPECT_NE(pipe, nullptr);
+  Run run{"", -1};
+  char buffer[512];
+  for (size_t got; (got = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) run.output.append(buffer, got);
+  const int status = pclose(pipe);
+  run.status = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  return run;
+}
+
+TEST(Dispatch, TablesAreComplete) {
+  std::set<std::string_view> names;
+  for (const auto* k : cpu::supported()) {
+    EXPECT_TRUE(names.insert(k->isa).second) << k->isa << " twice";
+    EXPECT_TRUE(k->quantize_4bit && k->dequantize_4bit && k->quantize_blockwise && k->dequantize_blockwise) << k->isa;
+    EXPECT_TRUE(k->gemm_4bit.pack_bytes && k->gemm_4bit.pack_units && k->gemm_4bit.pack && k->gemm_4bit.run) << k->isa;
+    EXPECT_GT(k->gemm_4bit.column_step, 0) << k->isa;
+  }
+  EXPECT_EQ(supported_isas().back(), "scalar");
+}
+
+TEST(Dispatch, TheEnvironmentChooses) {
+  for (const auto isa : supported_isas()) {
+    const auto run = print_isa(std::string(isa));
+    EXPECT_EQ(run.output, isa);
+    EXPECT_EQ(run.status, 0);
+  }
+  EXPECT_EQ(print_isa("").output, supported_isas().front());
+}
+
+void expect_names_choices(const std::string& message, const std::string& given) {
+  EXPECT_NE(message.find(given), std::string::npos) << message;
+  for (const auto isa : supported_isas()) EXPECT_NE(message.find(isa), std::string::npos) << message;
+}
+
+TEST(Dispatch, AnUnknownNameIsAnError) {
+  const auto run = print_isa("avx9000");
+  EXPECT_EQ(run.status, 3);
+  expect_names_choices(run.output, "avx9000");
+  EXPECT_NE(run.output.find("BNB_FORCE_ISA"), std::string::npos) << run.output;
+  for (const char* isa : {"avx9000", "AVX2", "scalar ", "s"}) {
+    const std::string before(active_isa());
+    try {
+      force_isa(isa);
+      FAIL() << isa << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), Errc::unsupported);
+      expect_names_choices(e.what(), isa);
+    }
+    EXPECT_EQ(active_isa(), before);
+  }
+}
+
+TEST(Dispatch, ForceIsaChoosesAndGivesBack) {
+  for (const auto isa : supported_isas()) {
+    force_isa(isa);
+    EXPECT_EQ(active_isa(), isa);
+    EXPECT_EQ(cpu::active().isa, isa);
+  }
+  force_isa("");
+  EXPECT_EQ(active_isa(), supported_isas().front());
+}
+
+}  // namespace
+}  // namespace bnb::test

@@ -1,0 +1,284 @@
+// gemm_4bit on every instruction set: against sums in fp64, and against itself for other batches, threads and orders.
+#include <numeric>
+
+#include "cases.h"
+
+namespace bnb::test {
+namespace {
+
+// A weight with random codes, and the absmax in both forms.
+struct Weight {
+  QuantType type;
+  int64_t n, k, blocksize;
+  std::vector<uint8_t> codes;
+  std::vector<float> absmax;
+
+  bool nested = false;
+  std::vector<uint8_t> nested_codes;
+  std::vector<float> map, nested_absmax;
+  float offset = 0.05f;
+
+  Weight(QuantType t, int64_t rows, int64_t columns, int64_t block, bool is_nested = false, uint64_t seed = 1)
+      : type(t), n(rows), k(columns), blocksize(block), codes(random_bytes(seed, packed_size(rows * columns))), nested(is_nested) {
+    const int64_t blocks = blocks_of(n * k, blocksize);
+    for (int64_t i = 0; i < blocks; ++i)
+      absmax.push_back(0.02f + 0.04f * static_cast<float>(random(seed + 1, static_cast<uint64_t>(i)) >> 40) * 0x1p-24f);
+    if (!nested) return;
+    map = create_dynamic_map();
+    nested_codes = random_bytes(seed + 2, blocks);
+    for (int64_t i = 0; i < blocks_of(blocks, 256); ++i) nested_absmax.push_back(0.03f + 0.001f * static_cast<float>(i % 7));
+    for (int64_t i = 0; i < blocks; ++i) {
+      const float scaled = map[nested_codes[static_cast<size_t>(i)]] * nested_absmax[static_cast<size_t>(i / 256)];
+      absmax[static_cast<size_t>(i)] = scaled + offset;
+    }
+  }
+
+  Absmax given() const {
+    if (!nested) return {.values = absmax, .codes = {}, .code = {}, .nested = {}};
+    return {.values = {}, .codes = nested_codes, .code = map, .nested = nested_absmax, .nested_blocksize = 256, .offset = offset};
+  }
+
+  template <class T> std::vector<double> decoded() const {
+    std::vector<double> w;
+    for (const T v : reference::dequantize_4bit<T>(type, codes, absmax, static_cast<size_t>(n * k), blocksize)) w.push_back(to_double(v));
+    return w;
+  }
+};
+
+template <class T> std::vector<T> multiply(const Weight& w, const std::vector<T>& a, int64_t m, ConstView bias = {}, size_t offset = 0) {
+  const Input<T> input(std::span<const T>(a).first(static_cast<size_t>(m * w.k)), offset);
+  Output<T> out(m * w.n, offset);
+  gemm_4bit({.type = w.type,
+             .blocksize = w.blocksize,
+             .m = m,
+             .n = w.n,
+             .k = w.k,
+             .a = input.view(),
+             .codes = w.codes,
+             .absmax = w.given(),
+             .bias = bias,
+             .out = out.view()});
+  return out.values();
+}
+
+// Norm-wise limits of the issue for f32 and bf16; f16 rounds to 11 bits.
+template <class T> constexpr double kNormLimit = sizeof(T) == 4 ? 1e-6 : std::is_same_v<T, Half> ? 5e-4 : 3e-3;
+
+// The result is the sum in fp64, but for the rounding of sums of k products (elementwise) and of the output.
+template <class T>
+::testing::AssertionResult close(const std::vector<T>& y, const Weight& w, const std::vector<T>& a, int64_t m,
+                                 const std::vector<double>& bias) {
+  const auto weights = w.decoded<T>();
+  const double sum_error = static_cast<double>(w.k + 8) * 0x1p-24,
+               rounding = sizeof(T) == 4 ? 0x1p-24 : std::ldexp(1, -1 - layout_of<T>.mantissa);
+  double error = 0, norm = 0;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < w.n; ++j) {
+      double sum = bias.empty() ? 0 : bias[static_cast<size_t>(j)], magnitude = std::fabs(sum);
+      for (int64_t l = 0; l < w.k; ++l) {
+        const double product = to_double(a[static_cast<size_t>(i * w.k + l)]) * weights[static_cast<size_t>(j * w.k + l)];
+        sum += product, magnitude += std::fabs(product);
+      }
+      const double actual = to_double(y[static_cast<size_t>(i * w.n + j)]), e = std::fabs(actual - sum);
+      if (!(e <= magnitude * sum_error * 1.01 + std::fabs(sum) * rounding * 1.01 + 1e-7 * (sizeof(T) == 2)))
+        return ::testing::AssertionFailure() << "y[" << i << ", " << j << "] is " << actual << ", expected " << sum << " (terms of "
+                                             << magnitude << ")";
+      error += e * e, norm += sum * sum;
+    }
+  // A few elements may all be near zero by cancellation: the norm says something where there are many.
+  if (m * w.n >= 16 && !(std::sqrt(error) <= kNormLimit<T> * std::sqrt(norm)))
+    return ::testing::AssertionFailure() << "norm-wise error " << std::sqrt(error / norm);
+  return ::testing::AssertionSuccess();
+}
+
+template <class T> class Gemm : public ::testing::Test {};
+TYPED_TEST_SUITE(Gemm, AllTypes, TypeNames);
+
+struct Shape {
+  int64_t m, n, k;
+};
+// Rows in the middle of bytes and blocks, k around every step of vectors and panels, one row and many.
+constexpr Shape kShapes[] = {{1, 1, 1},     {1, 2, 1},     {1, 1, 2},     {3, 5, 7},      {2, 3, 33},     {1, 7, 64},
+                             {1, 16, 32},   {4, 9, 65},    {5, 17, 96},   {6, 31, 127},   {7, 16, 128},   {8, 33, 160},
+                             {16, 19, 200}, {17, 64, 255}, {33, 37, 256}, {1, 100, 320},  {2, 67, 1000},  {1, 40, 2080},
+                             {3, 21, 4160}, {1, 13, 8192}, {12, 9, 3001}, {257, 48, 576}, {1, 576, 1536}, {64, 70, 288}};
+
+TYPED_TEST(Gemm, IsTheSumInDouble) {
+  uint64_t seed = 0;
+  for (const auto [m, n, k] : kShapes)
+    for (const int64_t blocksize : {32, 64, 128, 4096}) {
+      if (BNB_TEST_SANITIZED && m * n * k > 1 << 20) continue;
+      ++seed;
+      const Weight w(seed % 2 ? QuantType::nf4 : QuantType::fp4, n, k, blocksize, seed % 3 == 0, seed);
+      const auto a = rounded_all<TypeParam>(normals(seed, m * k));
+      const auto bias = normals(seed + 7, n);
+      const auto narrow = rounded_all<BFloat16>(bias);
+      const auto half = rounded_all<Half>(bias);
+      const std::pair<ConstView, std::vector<double>> biases[] = {{{}, {}},
+                                                                  {std::span(bias), {bias.begin(), bias.end()}},
+                                                                  {std::span(narrow),
+                                                                   [&] {
+                                                                     const auto f = to_floats(narrow);
+                                                                     return std::vector<double>(f.begin(), f.end());
+                                                                   }()},
+                                                                  {std::span(half), [&] {
+                                                                     const auto f = to_floats(half);
+                                                                     return std::vector<double>(f.begin(), f.end());
+                                                                   }()}};
+      const auto& [view, values] = biases[seed / 4 % 4];
+      SCOPED_TRACE(std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + ", blocks of " + std::to_string(blocksize) +
+                   (w.nested ? ", nested" : "") + (values.empty() ? "" : ", bias " + std::string(name(view.dtype))));
+      for_each_isa([&] { EXPECT_TRUE(close(multiply(w, a, m, view, seed % 4), w, a, m, values)); });
+    }
+}
+
+// A row of y depends on its row of a alone, to the bit.
+TYPED_TEST(Gemm, RowsDoNotDependOnTheBatch) {
+  constexpr int64_t all = 257, others[] = {1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 17, 32, 33, 64, 128};
+  uint64_t seed = 0;
+  for (const auto [n, k] : {std::pair<int64_t, int64_t>{37, 512}, {20, 96}, {18, 333}, {24, 2304}, {48, 1120}})
+    for (const int64_t blocksize : {32, 64}) {
+      if (BNB_TEST_SANITIZED && k > 600) continue;
+      const Weight w(QuantType::nf4, n, k, blocksize, ++seed % 2, seed);
+      const auto a = rounded_all<TypeParam>(normals(seed, all * k));
+      const auto bias = normals(3, n);
+      SCOPED_TRACE(std::to_string(n) + "x" + std::to_string(k) + ", blocks of " + std::to_string(blocksize));
+      for_each_isa([&] {
+        const auto expected = multiply(w, a, all, std::span(bias));
+        for (const int64_t m : others)
+          for (const int64_t first : {int64_t{0}, all - m}) {  // the same row at another place of another batch
+            const std::vector<TypeParam> rows(a.begin() + first * k, a.begin() + (first + m) * k);
+            EXPECT_TRUE(same(multiply(w, rows, m, std::span(bias)), {expected.begin() + first * n, expected.begin() + (first + m) * n}))
+                << "m = " << m << " from row " << first;
+          }
+      });
+    }
+}
+
+TYPED_TEST(Gemm, DoesNotDependOnThreads) {
+  const Weight w(QuantType::fp4, 1000, 320, 64);
+  for (const int64_t m : {1, 3, 40}) {
+    const auto a = rounded_all<TypeParam>(normals(5, m * w.k));
+    for_each_isa([&] {
+      const auto expected = multiply(w, a, m);
+      for_each_schedule([&](std::string_view schedule) { EXPECT_TRUE(same(multiply(w, a, m), expected)) << schedule; });
+    });
+  }
+}
+
+// Nested statistics are those of the header, to the bit.
+TYPED_TEST(Gemm, NestedAbsmaxIsTheSameProduct) {
+  for (const auto [n, k] : {std::pair<int64_t, int64_t>{40, 512}, {33, 96}, {300, 1001}, {9, 20000}})
+    for (const int64_t blocksize : {32, 64, 256}) {
+      Weight w(QuantType::nf4, n, k, blocksize, true);
+      for (const int64_t m : {1, 7}) {
+        const auto a = rounded_all<TypeParam>(normals(5, m * k));
+        for_each_isa([&] {
+          w.nested = true;
+          const auto nested = multiply(w, a, m);
+          w.nested = false;
+          EXPECT_TRUE(same(multiply(w, a, m), nested)) << n << "x" << k << " in " << blocksize << ", m = " << m;
+        });
+      }
+    }
+}
+
+TYPED_TEST(Gemm, EmptySizes) {
+  const auto bias = normals(1, 5);
+  for_each_isa([&] {
+    const Weight no_columns(QuantType::nf4, 5, 0, 64);
+    EXPECT_TRUE(same(multiply<TypeParam>(no_columns, {}, 3), std::vector<TypeParam>(15)));
+    const auto row = rounded_all<TypeParam>(bias);
+    auto twice = row;
+    twice.insert(twice.end(), row.begin(), row.end());
+    EXPECT_TRUE(same(multiply<TypeParam>(no_columns, {}, 2, std::span(bias)), twice));
+    EXPECT_TRUE(multiply<TypeParam>(Weight(QuantType::nf4, 0, 70, 64), std::vector<TypeParam>(140), 2).empty());
+    EXPECT_TRUE(multiply<TypeParam>(Weight(QuantType::nf4, 5, 70, 64), {}, 0, std::span(bias)).empty());
+    EXPECT_TRUE(multiply<TypeParam>(Weight(QuantType::nf4, 0, 0, 64), {}, 0).empty());
+  });
+}
+
+// What is not finite stays in its own row and its own columns; the end of a block beyond a row touches no sum.
+TYPED_TEST(Gemm, NonFiniteStaysWhereItBelongs) {
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  for (const int64_t k : {64, 96, 100, 160, 1056})
+    for (const int64_t blocksize : {32, 64, 128})
+      for (const int64_t m : {1, 3, 9, 33}) {
+        constexpr int64_t n = 21;
+        Weight w(QuantType::nf4, n, k, blocksize);
+        auto a = rounded_all<TypeParam>(normals(6, m * k));
+        SCOPED_TRACE("k " + std::to_string(k) + ", blocks of " + std::to_string(blocksize) + ", m " + std::to_string(m));
+        for_each_isa([&] {
+          const auto clean = multiply(w, a, m);
+          for (const float bad : {inf, std::nanf("")}) {
+            // A block of W: columns that share it are lost, all others keep their bits.
+            auto spoiled = w;
+            const int64_t block = blocks_of(n * k, blocksize) / 2;
+            spoiled.absmax[static_cast<size_t>(block)] = bad;
+            const auto y = multiply(spoiled, a, m);
+            for (int64_t i = 0; i < m * n; ++i) {
+              const int64_t begin = i % n * k, end = begin + k;
+              const bool hit = begin < (block + 1) * blocksize && block * blocksize < end;
+              const auto at = static_cast<size_t>(i);
+              if (hit)
+                EXPECT_FALSE(std::isfinite(to_double(y[at]))) << "row " << i / n << " column " << i % n;
+              else
+                EXPECT_EQ(std::memcmp(&y[at], &clean[at], sizeof(TypeParam)), 0) << "row " << i / n << " column " << i % n;
+            }
+            // An element of a: its row alone.
+            auto x = a;
+            const int64_t row = m / 2;
+            x[static_cast<size_t>(row * k + k / 3)] = rounded<TypeParam>(bad);
+            const auto z = multiply(w, x, m);
+            for (int64_t i = 0; i < m * n; ++i) {
+              const auto at = static_cast<size_t>(i);
+              if (i / n == row)
+                EXPECT_FALSE(std::isfinite(to_double(z[at])));
+              else
+                EXPECT_EQ(std::memcmp(&z[at], &clean[at], sizeof(TypeParam)), 0) << "row " << i / n;
+            }
+          }
+        });
+      }
+}
+
+// One product a sum, so that nothing hides the rounding of a weight: y is the exact product of a power of two and the decoded weight.
+TYPED_TEST(Gemm, WeightsAreThoseOfDequantize) {
+  for (const auto type : kFormats)
+    for (const int64_t k : {64, 96, 77, 1100}) {
+      const Weight w(type, 64, k, 64);
+      const auto decoded = reference::dequantize_4bit<TypeParam>(type, w.codes, w.absmax, static_cast<size_t>(w.n * k), 64);
+      std::vector<TypeParam> a(static_cast<size_t>(k * k)), expected;
+      for (int64_t i = 0; i < k; ++i) {
+        a[static_cast<size_t>(i * k + i)] = rounded<TypeParam>(1);
+        for (int64_t j = 0; j < w.n; ++j) {
+          auto v = decoded[static_cast<size_t>(j * k + i)];
+          if (to_double(v) == 0) v = TypeParam{};  // sums start at +0
+          expected.push_back(v);
+        }
+      }
+      if (BNB_TEST_SANITIZED && k > 1000) continue;
+      for_each_isa([&] { EXPECT_TRUE(same(multiply(w, a, k), expected)) << name(type) << " k = " << k; });
+    }
+}
+
+RC_GTEST_PROP(GemmProperty, AnySize, ()) {
+  const auto m = *rc::gen::inRange<int64_t>(0, 14), n = *rc::gen::inRange<int64_t>(0, 80), k = *rc::gen::inRange<int64_t>(0, 300);
+  const auto blocksize = *rc::gen::elementOf(std::vector<int64_t>(std::begin(kBlocksizes), std::end(kBlocksizes)));
+  const auto type = *rc::gen::element(QuantType::nf4, QuantType::fp4);
+  const auto seed = *rc::gen::arbitrary<uint16_t>();
+  const auto offset = *rc::gen::inRange<size_t>(0, 65);
+  const Weight w(type, n, k, blocksize, seed % 2, seed);
+  const auto floats = normals(seed, m * k);
+  const auto check = [&]<class T>(T) {
+    const auto a = rounded_all<T>(floats);
+    for (const auto isa : supported_isas()) {
+      const ForcedIsa forced(isa);
+      require(close(multiply(w, a, m, {}, offset), w, a, m, {}), std::string(isa) + " " + std::string(name(dtype_of<T>)));
+    }
+  };
+  check(float{}), check(Half{}), check(BFloat16{});
+}
+
+}  // namespace
+}  // namespace bnb::test
