@@ -249,17 +249,19 @@ def test_attributes_follow_the_keys_of_the_state_dict(quant_type: str, nested: b
     assert not hasattr(fresh().weight, "absmax") and not hasattr(layer.weight, "surprise")
 
 
-def test_weight_that_lost_its_class() -> None:
-    """FSDP puts a plain view of its flat buffer in the place of the parameter."""
+def test_parameters_that_became_plain_tensors() -> None:
+    """FSDP puts plain views of its flat buffer in the place of parameters."""
     layer = made()
     expected = copy.deepcopy(layer)
-    plain = layer.weight.data.clone()
-    del layer.weight
-    layer.weight = plain
+    plain = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
+    for name, value in plain.items():
+        delattr(layer, name)
+        setattr(layer, name, value)
     x = torch.randn(3, 96)
     ref.assert_bits(layer(x), expected(x))
     bnb.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
-    assert_same_layer(layer, expected)
+    assert type(layer.weight) is Params4bit and layer.weight.quant_state == expected.weight.quant_state
+    assert torch.equal(layer.weight.data, expected.weight.data)
 
 
 def test_functional_call_uses_the_weight_it_is_given() -> None:

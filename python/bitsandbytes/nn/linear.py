@@ -102,7 +102,7 @@ class Linear4bit(torch.nn.Linear):
         compute_dtype = self.compute_dtype or dtype
         if dtype != compute_dtype:
             x = x.to(compute_dtype)
-        bias = parameters.get("bias")
+        bias = parameters.get("bias") if "bias" in parameters else self.bias  # under FSDP it is a plain attribute
         if bias is not None and bias.dtype != compute_dtype:
             bias = bias.to(compute_dtype)
         if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
