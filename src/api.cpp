@@ -20,6 +20,7 @@ int64_t grain_blocks(int64_t blocksize) { return std::max<int64_t>(1, kGrainElem
 
 void quantize_4bit(const Quantize4bit& d) {
   const Checker check("quantize_4bit");
+  check.type(d.type);
   check.blocksize(d.blocksize);
   check.view("x", d.x);
   check.size("codes", d.codes, packed_size(d.x.size));
@@ -32,6 +33,7 @@ void quantize_4bit(const Quantize4bit& d) {
 
 void dequantize_4bit(const Dequantize4bit& d) {
   const Checker check("dequantize_4bit");
+  check.type(d.type);
   check.blocksize(d.blocksize);
   check.view("out", d.out);
   check.size("codes", d.codes, packed_size(d.out.size));
@@ -73,6 +75,7 @@ void dequantize_blockwise(const DequantizeBlockwise& d) {
 
 void gemm_4bit(const Gemm4bit& d) {
   const Checker check("gemm_4bit");
+  check.type(d.type);
   check.blocksize(d.blocksize);
   const int64_t weights = check.product("n * k", d.n, d.k);
   check.view("a", d.a);

@@ -57,6 +57,8 @@ class Checker {
     return result;
   }
 
+  void type(QuantType given) const { that(given == QuantType::nf4 || given == QuantType::fp4, "type", static_cast<int>(given), "nf4 or fp4"); }
+
   void blocksize(int64_t given, std::string_view argument = "blocksize") const {
     that(given >= kMinBlocksize && given <= kMaxBlocksize && (given & (given - 1)) == 0, argument, given, "a power of two from 32 to 4096");
   }
