@@ -14,7 +14,15 @@ namespace {
 // Elements a task should hold, so that handing it to a thread (some microseconds) stays a small part of its time.
 constexpr int64_t kGrainElements = 1 << 15;
 
-int64_t grain_blocks(int64_t blocksize) { return std::max<int64_t>(1, kGrainElements / blocksize); }
+// f on ranges of the blocks of n elements, which become `bytes` at `out`.
+template <class F> void for_blocks(int64_t n, int64_t blocksize, void* out, int64_t bytes, F&& f) {
+  const cpu::OutputPages pages(out, bytes);
+  const int64_t blocks = blocks_of(n, blocksize), block_bytes = blocksize * bytes / std::max<int64_t>(1, n);
+  parallel_for(blocks, std::max<int64_t>(1, kGrainElements / blocksize), [&](int64_t begin, int64_t end) {
+    pages.map(begin * block_bytes, end * block_bytes);
+    f(cpu::Range{begin, end});
+  });
+}
 
 }  // namespace
 
@@ -25,10 +33,8 @@ void quantize_4bit(const Quantize4bit& d) {
   check.view("x", d.x);
   check.size("codes", d.codes, packed_size(d.x.size));
   check.size("absmax", d.absmax, blocks_of(d.x.size, d.blocksize));
-  cpu::prefer_huge_pages(d.codes.data(), packed_size(d.x.size));
   const auto& kernels = cpu::active();
-  parallel_for(blocks_of(d.x.size, d.blocksize), grain_blocks(d.blocksize),
-               [&](int64_t begin, int64_t end) { kernels.quantize_4bit(d, {begin, end}); });
+  for_blocks(d.x.size, d.blocksize, d.codes.data(), packed_size(d.x.size), [&](cpu::Range blocks) { kernels.quantize_4bit(d, blocks); });
 }
 
 void dequantize_4bit(const Dequantize4bit& d) {
@@ -38,10 +44,9 @@ void dequantize_4bit(const Dequantize4bit& d) {
   check.view("out", d.out);
   check.size("codes", d.codes, packed_size(d.out.size));
   check.size("absmax", d.absmax, blocks_of(d.out.size, d.blocksize));
-  cpu::prefer_huge_pages(d.out.data, d.out.size * size_of(d.out.dtype));
   const auto& kernels = cpu::active();
-  parallel_for(blocks_of(d.out.size, d.blocksize), grain_blocks(d.blocksize),
-               [&](int64_t begin, int64_t end) { kernels.dequantize_4bit(d, {begin, end}); });
+  for_blocks(d.out.size, d.blocksize, d.out.data, d.out.size * size_of(d.out.dtype),
+             [&](cpu::Range blocks) { kernels.dequantize_4bit(d, blocks); });
 }
 
 void quantize_blockwise(const QuantizeBlockwise& d) {
@@ -53,11 +58,9 @@ void quantize_blockwise(const QuantizeBlockwise& d) {
   check.size("codes", d.codes, d.x.size);
   check.size("absmax", d.absmax, blocks_of(d.x.size, d.blocksize));
   if (d.x.size == 0) return;
-  cpu::prefer_huge_pages(d.codes.data(), d.x.size);
   const auto& kernels = cpu::active();
   const auto encoder = cpu::encoder_for(d.code, d.x.size);
-  parallel_for(blocks_of(d.x.size, d.blocksize), grain_blocks(d.blocksize),
-               [&](int64_t begin, int64_t end) { kernels.quantize_blockwise(d, *encoder, {begin, end}); });
+  for_blocks(d.x.size, d.blocksize, d.codes.data(), d.x.size, [&](cpu::Range blocks) { kernels.quantize_blockwise(d, *encoder, blocks); });
 }
 
 void dequantize_blockwise(const DequantizeBlockwise& d) {
@@ -67,10 +70,9 @@ void dequantize_blockwise(const DequantizeBlockwise& d) {
   check.size("code", d.code, 256);
   check.size("codes", d.codes, d.out.size);
   check.size("absmax", d.absmax, blocks_of(d.out.size, d.blocksize));
-  cpu::prefer_huge_pages(d.out.data, d.out.size * size_of(d.out.dtype));
   const auto& kernels = cpu::active();
-  parallel_for(blocks_of(d.out.size, d.blocksize), grain_blocks(d.blocksize),
-               [&](int64_t begin, int64_t end) { kernels.dequantize_blockwise(d, {begin, end}); });
+  for_blocks(d.out.size, d.blocksize, d.out.data, d.out.size * size_of(d.out.dtype),
+             [&](cpu::Range blocks) { kernels.dequantize_blockwise(d, blocks); });
 }
 
 void gemm_4bit(const Gemm4bit& d) {

@@ -12,9 +12,22 @@ namespace bnb {
 namespace {
 
 // Abnormal float for blocks of 64 (Yoshida 2023, arXiv 2306.06965), in the order of the released package.
-constexpr std::array<float, 16> kAf4 = {1.0f, 0.7242486476898193f, 0.5549623370170593f, 0.4256388247013092f, 0.3167566657066345f, 0.2196127474308014f,
-                                        0.12934483587741852f, 0.0427316389977932f, 0.0f, -0.049348119646310806f, -0.14982478320598602f,
-                                        -0.25607553124427795f, -0.37369510531425476f, -0.5124374032020569f, -0.6944100856781006f, -1.0f};
+constexpr std::array<float, 16> kAf4 = {1.0f,
+                                        0.7242486476898193f,
+                                        0.5549623370170593f,
+                                        0.4256388247013092f,
+                                        0.3167566657066345f,
+                                        0.2196127474308014f,
+                                        0.12934483587741852f,
+                                        0.0427316389977932f,
+                                        0.0f,
+                                        -0.049348119646310806f,
+                                        -0.14982478320598602f,
+                                        -0.25607553124427795f,
+                                        -0.37369510531425476f,
+                                        -0.5124374032020569f,
+                                        -0.6944100856781006f,
+                                        -1.0f};
 
 // n points from a to b, computed inwards from both ends in fp32 with one rounding each, as torch.linspace does.
 std::vector<float> linspace(float a, float b, int n) {
@@ -48,7 +61,9 @@ double normal_quantile(double p) {
   }
 }
 
-void check_bits(const Checker& check, int total_bits) { check.that(total_bits >= 1 && total_bits <= 8, "total_bits", total_bits, "1 to 8"); }
+void check_bits(const Checker& check, int total_bits) {
+  check.that(total_bits >= 1 && total_bits <= 8, "total_bits", total_bits, "1 to 8");
+}
 
 }  // namespace
 

@@ -10,22 +10,22 @@
 
 namespace bnb::cpu {
 
-// The dynamic maps (create_dynamic_map with 8 bits, 7 of exponent) are 7 decades of n equal steps, then 1.0. So h, the code counted from that
-// of zero, is the integer part of  min(|t| * slope + icept, top),  the three by decade ("segment"; 0 is zero, 8 is 1.0).
-// The segment comes from integers:  (bits(|t|) + step[exponent]) >> 23  changes at the one boundary of decades that an octave can hold.
-// icept adds 128.5 (signed) or 256.5, which leaves h in the upper mantissa bits and how far |t| is above a threshold in the lower ones. That
-// grows with t and is known at each threshold: at least 0 and below `unsure`. So a distance of `unsure` or more proves h.
+// The dynamic maps (create_dynamic_map with 8 bits, 7 of exponent) are 7 decades of n equal steps, then 1.0. So h, the code counted from
+// that of zero, is the integer part of  min(|t| * slope + icept, top),  the three by decade ("segment"; 0 is zero, 8 is 1.0). The segment
+// comes from integers:  (bits(|t|) + step[exponent]) >> 23  changes at the one boundary of decades that an octave can hold. icept adds
+// 128.5 (signed) or 256.5, which leaves h in the upper mantissa bits and how far |t| is above a threshold in the lower ones. That grows
+// with t and is known at each threshold: at least 0 and below `unsure`. So a distance of `unsure` or more proves h.
 struct Dynamic8 {
   bool is_signed;
-  int zero;         // the code of 0.0
-  uint32_t unsure;  // in units of the fraction: 16 bits (signed) or 15 bits
-  uint32_t cut[8];  // bits of the greatest |t| of segments 0..7
+  int zero;                       // the code of 0.0
+  uint32_t unsure;                // in units of the fraction: 16 bits (signed) or 15 bits
+  uint32_t cut[8];                // bits of the greatest |t| of segments 0..7
   alignas(64) uint32_t step[32];  // by exponent - 96
   alignas(64) float slope[16], icept[16], top[16];
 };
 
 struct Encoder8 {
-  alignas(64) float threshold[256];       // ascending; the last is infinity
+  alignas(64) float threshold[256];        // ascending; the last is infinity
   std::unique_ptr<const uint8_t[]> first;  // by the upper 16 bits of t: the code of the least t that has them. Null: not worth making
   bool many = false;                       // some of these buckets hold more than one threshold
   const Dynamic8* dynamic = nullptr;       // set for the two dynamic maps

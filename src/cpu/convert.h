@@ -41,8 +41,7 @@ BNB_INLINE constexpr void from_float(float x, Half& to) {
     h = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   to.bits = static_cast<uint16_t>(sign | h);
 }
-template <class T>
-BNB_INLINE constexpr T rounded(float x) {
+template <class T> BNB_INLINE constexpr T rounded(float x) {
   T to{};
   from_float(x, to);
   return to;

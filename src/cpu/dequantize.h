@@ -11,8 +11,7 @@ namespace {
 // Outputs of at least this many bytes go past the caches: they would be evicted before anyone reads them.
 inline constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
-template <class Isa>
-struct Dequantize {
+template <class Isa> struct Dequantize {
   // Reads 1 / per_byte, writes sizeof(T) per element. decode(codes, n, absmax, out) takes whole chunks.
   template <int per_byte, class Decode, class T>
   static void run(const Decode& decode, const uint8_t* codes, const float* absmax, T* out, int64_t size, int64_t blocksize, Range blocks) {
@@ -33,8 +32,7 @@ struct Dequantize {
     }
   }
 
-  template <bool stream>
-  static void blocks_4bit(const Dequantize4bit& d, Range blocks) {
+  template <bool stream> static void blocks_4bit(const Dequantize4bit& d, Range blocks) {
     visit(d.type, [&](auto format) {
       visit(d.out.dtype, [&](auto t) {
         using T = decltype(t);
@@ -49,8 +47,7 @@ struct Dequantize {
     Isa::fence();
   }
 
-  template <bool stream>
-  static void blocks_blockwise(const DequantizeBlockwise& d, Range blocks) {
+  template <bool stream> static void blocks_blockwise(const DequantizeBlockwise& d, Range blocks) {
     visit(d.out.dtype, [&](auto t) {
       using T = decltype(t);
       run<1>(typename Isa::template Decode8<T, stream>{d.code.data()}, d.codes.data(), d.absmax.data(), static_cast<T*>(d.out.data),

@@ -9,8 +9,7 @@
 namespace bnb::cpu {
 namespace {
 
-template <class Isa>
-consteval Kernels make_kernels() {
+template <class Isa> consteval Kernels make_kernels() {
   return {.isa = Isa::name,
           .quantize_4bit = Quantize<Isa>::run_4bit,
           .dequantize_4bit = Dequantize<Isa>::run_4bit,

@@ -2,19 +2,51 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace bnb::cpu {
 
-void prefer_huge_pages(void* p, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  constexpr int64_t kWorth = int64_t{4} << 20;  // the call itself takes some microseconds
-  if (bytes < kWorth) return;
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  const uintptr_t begin = (address + kHugePage - 1) & -kHugePage, end = (address + static_cast<uintptr_t>(bytes)) & -kHugePage;
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+#if defined(__linux__)
+namespace {
+
+constexpr int64_t kWorth = int64_t{4} << 20;  // from here the calls pay for themselves
+constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older kernels refuse it and nothing is lost
+
+uintptr_t page_size() {
+  static const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  return size;
 }
+
+bool is_mapped(const char* p) {
+  unsigned char resident = 0;
+  const uintptr_t page = reinterpret_cast<uintptr_t>(p) & -page_size();
+  return mincore(reinterpret_cast<void*>(page), 1, &resident) == 0 && (resident & 1) != 0;
+}
+
+void advise(uintptr_t begin, uintptr_t end, int advice) {
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+}
+
+}  // namespace
+
+OutputPages::OutputPages(void* data, int64_t bytes) : data_(static_cast<char*>(data)), bytes_(0) {
+  if (bytes < kWorth || is_mapped(data_ + bytes / 2)) return;
+  bytes_ = bytes;
+  const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + static_cast<uintptr_t>(bytes);
+  advise((begin + kHugePage - 1) & -kHugePage, end & -kHugePage, MADV_HUGEPAGE);
+}
+
+void OutputPages::map(int64_t begin, int64_t end) const {
+  if (bytes_ == 0) return;
+  const auto base = reinterpret_cast<uintptr_t>(data_);
+  const uintptr_t last = base + static_cast<uintptr_t>(end < bytes_ ? end : bytes_);
+  advise((base + static_cast<uintptr_t>(begin)) & -page_size(), (last + page_size() - 1) & -page_size(), kPopulateWrite);
+}
+#else
+OutputPages::OutputPages(void* data, int64_t) : data_(static_cast<char*>(data)), bytes_(0) {}
+void OutputPages::map(int64_t, int64_t) const {}
+#endif
 
 }  // namespace bnb::cpu

@@ -1,11 +1,20 @@
-// Page size of large outputs. Fresh memory is mapped page by page as it is first written, which costs more than most kernels here.
+// The pages of large outputs. Fresh memory is mapped page by page as it is first written, which costs several times what the kernels here
+// take; so it is asked for in huge pages where they fit, and mapped by one call for each part before that is written.
 #pragma once
 
 #include <cstdint>
 
 namespace bnb::cpu {
 
-// Asks for huge pages inside [p, p + bytes) where that is large, before it is written. A hint: no effect on memory that is already mapped.
-void prefer_huge_pages(void* p, int64_t bytes);
+class OutputPages {
+ public:
+  OutputPages(void* data, int64_t bytes);
+  // Call before writing bytes [begin, end), from any thread. Does nothing where the memory is small or mapped already.
+  void map(int64_t begin, int64_t end) const;
+
+ private:
+  char* data_;
+  int64_t bytes_;  // 0: nothing to do
+};
 
 }  // namespace bnb::cpu

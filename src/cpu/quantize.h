@@ -9,23 +9,18 @@ namespace bnb::cpu {
 namespace {
 
 // How one block is encoded, with the vectors of Isa where it has them.
-template <class Isa, class Format>
-struct Encode4 {
+template <class Isa, class Format> struct Encode4 {
   static constexpr int per_byte = 2;
   typename Isa::template Encode4<Format> fast;
-  template <class T>
-  BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const { fast(x, n, inv, codes); }
-  template <class T>
-  void any(const T* x, int64_t n, float inv, uint8_t* codes) const { encode4<Format>(x, n, inv, codes); }
+  template <class T> BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const { fast(x, n, inv, codes); }
+  template <class T> void any(const T* x, int64_t n, float inv, uint8_t* codes) const { encode4<Format>(x, n, inv, codes); }
 };
 
 // By the table of the map: t in vectors, the table one element at a time (a gather is no faster).
-template <class Isa>
-struct EncodeTable {
+template <class Isa> struct EncodeTable {
   static constexpr int per_byte = 1;
   const Encoder8& encoder;
-  template <class T>
-  BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const {
+  template <class T> BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const {
     alignas(64) float t[kChunk];
     const uint8_t* first = encoder.first.get();  // in registers: for all the compiler knows, codes[i] may change the encoder
     const float* threshold = encoder.threshold;
@@ -42,31 +37,27 @@ struct EncodeTable {
       }
     }
   }
-  template <class T>
-  BNB_INLINE void any(const T* x, int64_t n, float inv, uint8_t* codes) const { finite(x, n, inv, codes); }
+  template <class T> BNB_INLINE void any(const T* x, int64_t n, float inv, uint8_t* codes) const { finite(x, n, inv, codes); }
 };
 
-template <class Isa, bool is_signed>
-struct EncodeDynamic {
+template <class Isa, bool is_signed> struct EncodeDynamic {
   static constexpr int per_byte = 1;
   const Encoder8& encoder;
   typename Isa::template EncodeDynamic<is_signed> fast;
   explicit EncodeDynamic(const Encoder8& e) : encoder(e), fast(*e.dynamic) {}
-  template <class T>
-  BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const { fast(encoder, x, n, inv, codes); }
-  template <class T>
-  void any(const T* x, int64_t n, float inv, uint8_t* codes) const {
+  template <class T> BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const { fast(encoder, x, n, inv, codes); }
+  template <class T> void any(const T* x, int64_t n, float inv, uint8_t* codes) const {
     for (int64_t i = 0; i < n; ++i) codes[i] = encoder(to_float(x[i]) * inv);
   }
 };
 
-template <class Isa>
-struct Quantize {
+template <class Isa> struct Quantize {
   // Reads sizeof(T) (from memory once, from the first-level cache twice), writes 1 / per_byte bytes per element.
   template <class Encode, class T>
   static void run(const Encode& encode, const T* x, int64_t size, int64_t blocksize, uint8_t* codes, float* absmax, Range blocks) {
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      const int64_t begin = b * blocksize, left = size - begin, count = left < blocksize ? left : blocksize, whole = count / kChunk * kChunk;
+      const int64_t begin = b * blocksize, left = size - begin, count = left < blocksize ? left : blocksize,
+                    whole = count / kChunk * kChunk;
       T end[kChunk];
       if (whole < count) {
         __builtin_memset(end, 0, sizeof end);
@@ -116,7 +107,8 @@ struct Quantize {
         run(encode, static_cast<const decltype(t)*>(d.x.data), d.x.size, d.blocksize, d.codes.data(), d.absmax.data(), blocks);
       };
       if constexpr (Isa::has_dynamic8)
-        if (encoder.dynamic) return encoder.dynamic->is_signed ? with(EncodeDynamic<Isa, true>(encoder)) : with(EncodeDynamic<Isa, false>(encoder));
+        if (encoder.dynamic)
+          return encoder.dynamic->is_signed ? with(EncodeDynamic<Isa, true>(encoder)) : with(EncodeDynamic<Isa, false>(encoder));
       with(EncodeTable<Isa>{encoder});
     });
   }

@@ -31,8 +31,7 @@ struct Avx2 {
     const I32 nan = _mm256_or_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(0x40));
     return _mm256_blendv_epi8(near, nan, bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
   }
-  template <class T>
-  BNB_INLINE static __m128i round16(F32 x) {
+  template <class T> BNB_INLINE static __m128i round16(F32 x) {
     if constexpr (dtype_of<T> == DType::f16) return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
     const I32 b = round_bf16(x);
     return _mm_packus_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
@@ -50,8 +49,7 @@ struct Avx2 {
 
   static constexpr bool can_stream = true, has_dynamic8 = true;
   BNB_INLINE static void fence() { _mm_sfence(); }
-  template <bool stream>
-  BNB_INLINE static void put(void* p, I32 x) {
+  template <bool stream> BNB_INLINE static void put(void* p, I32 x) {
     if constexpr (stream)
       _mm256_stream_si256(static_cast<__m256i*>(p), x);
     else
@@ -78,8 +76,7 @@ struct Avx2 {
     four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
     return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1))));
   }
-  template <class T>
-  BNB_INLINE static uint32_t max_bits(const T* x, int64_t n) {
+  template <class T> BNB_INLINE static uint32_t max_bits(const T* x, int64_t n) {
     const I32 magnitude = _mm256_set1_epi16(0x7fff);
     I32 most = _mm256_setzero_si256();
     for (int64_t i = 0; i < n; i += 32) {
@@ -93,8 +90,7 @@ struct Avx2 {
 
   // Nearest of 16 by bisection. A comparison is 0 or -1, so the count of thresholds below t comes as a negative number, whose low bits
   // choose the next threshold out of a register.
-  template <class Format>
-  struct Encode4 {
+  template <class Format> struct Encode4 {
     static constexpr const float* edge = Format::thresholds.data();
     F32 second, third, fourth;
     Encode4()
@@ -102,8 +98,7 @@ struct Avx2 {
           third(_mm256_setr_ps(edge[1], edge[13], edge[9], edge[5], edge[1], edge[13], edge[9], edge[5])),
           fourth(_mm256_setr_ps(edge[0], edge[14], edge[12], edge[10], edge[8], edge[6], edge[4], edge[2])) {}
 
-    template <class T>
-    BNB_INLINE I32 minus_below(const T* x, F32 inv) const {
+    template <class T> BNB_INLINE I32 minus_below(const T* x, F32 inv) const {
       const F32 t = mul(load(x), inv);
       const auto above = [&](F32 threshold) { return bits(_mm256_cmp_ps(t, threshold, _CMP_GT_OQ)); };
       I32 n = above(set1(edge[7]));
@@ -111,8 +106,7 @@ struct Avx2 {
       n = _mm256_add_epi32(_mm256_add_epi32(n, n), above(_mm256_permutevar_ps(third, n)));
       return _mm256_add_epi32(_mm256_add_epi32(n, n), above(_mm256_permutevar8x32_ps(fourth, n)));
     }
-    template <class T>
-    BNB_INLINE void operator()(const T* x, int64_t n, float inv, uint8_t* codes) const {
+    template <class T> BNB_INLINE void operator()(const T* x, int64_t n, float inv, uint8_t* codes) const {
       const F32 scale = set1(inv);
       for (; n > 0; n -= 32, x += 32, codes += 16) {
         const I32 a = _mm256_packs_epi32(minus_below(x, scale), minus_below(x + 8, scale));
@@ -129,8 +123,7 @@ struct Avx2 {
   };
 
   // See Dynamic8. The segment comes by bisection; the eighth boundary, that of 1.0, is left to the end, so that 8 lanes hold the line.
-  template <bool is_signed>
-  struct EncodeDynamic {
+  template <bool is_signed> struct EncodeDynamic {
     I32 first, second, third, last, limit;
     F32 slope, icept, top;
     explicit EncodeDynamic(const Dynamic8& d) : slope(load(d.slope)), icept(load(d.icept)), top(load(d.top)) {
@@ -145,8 +138,7 @@ struct Avx2 {
       limit = _mm256_set1_epi16(static_cast<short>(d.unsure - 1));
     }
 
-    template <class T>
-    BNB_INLINE void operator()(const Encoder8& encoder, const T* x, int64_t n, float inv, uint8_t* codes) const {
+    template <class T> BNB_INLINE void operator()(const Encoder8& encoder, const T* x, int64_t n, float inv, uint8_t* codes) const {
       for (; n > 0; n -= 32, x += 32, codes += 32) {
         I32 y[4], c[4];
         for (int j = 0; j < 4; ++j) {
@@ -183,8 +175,7 @@ struct Avx2 {
   };
 
   // A table of 16 rounded values, made once a block.
-  template <class Format, class T, bool stream>
-  struct Decode4 {
+  template <class Format, class T, bool stream> struct Decode4 {
     BNB_INLINE void operator()(const uint8_t* codes, int64_t n, float absmax, T* out) const {
       const F32 low = mul(load(Format::values.data()), set1(absmax)), high = mul(load(Format::values.data() + 8), set1(absmax));
       if constexpr (dtype_of<T> == DType::f32) {
@@ -213,8 +204,7 @@ struct Avx2 {
     }
   };
 
-  template <class T, bool stream>
-  struct Decode8 {
+  template <class T, bool stream> struct Decode8 {
     const float* value;
     BNB_INLINE void operator()(const uint8_t* codes, int64_t n, float absmax, T* out) const {
       const auto lookup = [&](int64_t at) {

@@ -5,7 +5,7 @@
 #include "../plain.h"
 
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"        // gcc 12 warns of the undefined operands inside its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns of the undefined operands inside its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -29,8 +29,7 @@ struct Avx512 {
   BNB_INLINE static F32 load(const BFloat16* p) { return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16)); }
 
   // The 16-bit float nearest to each lane. bf16 by integer arithmetic: vcvtneps2bf16 takes subnormals for zero.
-  template <class T>
-  BNB_INLINE static __m256i round16(F32 x) {
+  template <class T> BNB_INLINE static __m256i round16(F32 x) {
     if constexpr (dtype_of<T> == DType::f16) return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
     const I32 b = bits(x), high = _mm512_srli_epi32(b, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
     const I32 near = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
@@ -51,16 +50,14 @@ struct Avx512 {
 
   static constexpr bool can_stream = true, has_dynamic8 = true;
   BNB_INLINE static void fence() { _mm_sfence(); }
-  template <bool stream>
-  BNB_INLINE static void put(void* p, I32 x) {
+  template <bool stream> BNB_INLINE static void put(void* p, I32 x) {
     if constexpr (stream)
       _mm512_stream_si512(static_cast<__m512i*>(p), x);
     else
       _mm512_storeu_si512(p, x);
   }
   // Two vectors, rounded to T. Results that stream come in whole lines.
-  template <bool stream, class T>
-  BNB_INLINE static void put_rounded(T* p, F32 a, F32 b) {
+  template <bool stream, class T> BNB_INLINE static void put_rounded(T* p, F32 a, F32 b) {
     if constexpr (dtype_of<T> == DType::f32) {
       put<stream>(p, bits(a));
       put<stream>(p + 16, bits(b));
@@ -87,8 +84,7 @@ struct Avx512 {
     }
     return _mm512_reduce_max_epu32(_mm512_max_epu32(most, more));
   }
-  template <class T>
-  BNB_INLINE static uint32_t max_bits(const T* x, int64_t n) {
+  template <class T> BNB_INLINE static uint32_t max_bits(const T* x, int64_t n) {
     I32 most = _mm512_setzero_si512();
     for (int64_t i = 0; i < n; i += 32) {
       prefetch(x + i);
@@ -101,8 +97,7 @@ struct Avx512 {
   }
 
   // The low bytes of V vectors (their other bytes zero for `clean`) side by side: byte 4 i + j of the result is lane i of x[j].
-  template <int V>
-  BNB_INLINE static I32 interleave(const I32 (&x)[V]) {
+  template <int V> BNB_INLINE static I32 interleave(const I32 (&x)[V]) {
     I32 r = _mm512_or_si512(x[0], _mm512_slli_epi32(x[1], 8));
     if constexpr (V == 4) r = _mm512_ternarylogic_epi32(r, _mm512_slli_epi32(x[2], 16), _mm512_slli_epi32(x[3], 24), 0xfe);
     return r;
@@ -110,8 +105,7 @@ struct Avx512 {
 
   // Nearest of 16, without a search: a linear map of t puts it into a bucket that holds one threshold at most, which is then compared.
   // NF4 has 32 buckets of t. FP4 has three thresholds close to zero, so it has 16 buckets of |t|, and the sign comes last.
-  template <class Format>
-  struct Buckets {
+  template <class Format> struct Buckets {
     static constexpr bool by_magnitude = Format::type == QuantType::fp4;
     static constexpr int count = by_magnitude ? 16 : 32, first = by_magnitude ? 8 : 0;  // the thresholds used
     static constexpr float scale = by_magnitude ? 15.4f : 15.49f, origin = by_magnitude ? 0 : 16;
@@ -138,8 +132,7 @@ struct Avx512 {
     }
   };
 
-  template <class Format>
-  struct Encode4 {
+  template <class Format> struct Encode4 {
     static constexpr Buckets<Format> buckets{};
 
     // (thresholds below t) as a number of 0..15, FP4: (thresholds below |t|) + 8 if t > 0.
@@ -163,16 +156,17 @@ struct Avx512 {
     }
 
     // 16 V elements to 8 V bytes.
-    template <int V, class T>
-    BNB_INLINE static void vectors(const T* x, F32 inv, uint8_t* codes) {
+    template <int V, class T> BNB_INLINE static void vectors(const T* x, F32 inv, uint8_t* codes) {
       I32 n[V];
       for (int j = 0; j < V; ++j) n[j] = position(mul(load(x + 16 * j), inv));
       I32 c = interleave(n);
-      if constexpr (Buckets<Format>::by_magnitude) c = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(code_of.bytes))), c);
+      if constexpr (Buckets<Format>::by_magnitude)
+        c = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(code_of.bytes))), c);
       // An even element and the odd one behind it are the low and the high half of a 64-bit lane.
       const I32 pair = _mm512_or_si512(_mm512_slli_epi32(c, 4), _mm512_srli_epi64(c, 32));
       // Byte j of lane i belongs to place 8 j + i.
-      const I32 near = _mm512_shuffle_epi8(pair, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, -1, -1, -1, -1, -1, -1, -1, -1)));
+      const I32 near =
+          _mm512_shuffle_epi8(pair, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, -1, -1, -1, -1, -1, -1, -1, -1)));
       const I32 places = _mm512_castsi256_si512(_mm256_setr_epi16(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27));
       const __m256i out = _mm512_castsi512_si256(_mm512_permutexvar_epi16(places, near));
       if constexpr (V == 4)
@@ -181,8 +175,7 @@ struct Avx512 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm256_castsi256_si128(out));
     }
 
-    template <class T>
-    BNB_INLINE void operator()(const T* x, int64_t n, float inv, uint8_t* codes) const {
+    template <class T> BNB_INLINE void operator()(const T* x, int64_t n, float inv, uint8_t* codes) const {
       const F32 scale = set1(inv);
       for (; n >= 64; n -= 64, x += 64, codes += 32) vectors<4>(x, scale, codes);
       if (n) vectors<2>(x, scale, codes);
@@ -200,23 +193,25 @@ struct Avx512 {
   };
 
   // Codes to |values| of a map of 7 decades; see Dynamic8.
-  template <bool is_signed>
-  struct EncodeDynamic {
+  template <bool is_signed> struct EncodeDynamic {
     I32 step0, step1;
     F32 slope, icept, top;
     uint32_t unsure;
     explicit EncodeDynamic(const Dynamic8& d)
-        : step0(load_all(d.step)), step1(load_all(d.step + 16)), slope(load(d.slope)), icept(load(d.icept)), top(load(d.top)), unsure(d.unsure) {}
+        : step0(load_all(d.step)),
+          step1(load_all(d.step + 16)),
+          slope(load(d.slope)),
+          icept(load(d.icept)),
+          top(load(d.top)),
+          unsure(d.unsure) {}
 
-    template <class T>
-    BNB_INLINE void operator()(const Encoder8& encoder, const T* x, int64_t n, float inv, uint8_t* codes) const {
+    template <class T> BNB_INLINE void operator()(const Encoder8& encoder, const T* x, int64_t n, float inv, uint8_t* codes) const {
       for (; n >= 64; n -= 64, x += 64, codes += 64) vectors<4>(encoder, x, inv, codes);
       if (n) vectors<2>(encoder, x, inv, codes);
     }
 
    private:
-    template <int V, class T>
-    BNB_INLINE void vectors(const Encoder8& encoder, const T* x, float inv, uint8_t* codes) const {
+    template <int V, class T> BNB_INLINE void vectors(const Encoder8& encoder, const T* x, float inv, uint8_t* codes) const {
       I32 y[V], h[V], sign[V];
       for (int j = 0; j < V; ++j) {
         const I32 t = bits(mul(load(x + 16 * j), set1(inv)));
@@ -258,8 +253,7 @@ struct Avx512 {
   };
 
   // A table of 16 rounded values, made once a block, indexed by both nibbles of a byte at once.
-  template <class Format, class T, bool stream>
-  struct Decode4 {
+  template <class Format, class T, bool stream> struct Decode4 {
     BNB_INLINE void operator()(const uint8_t* codes, int64_t n, float absmax, T* out) const {
       const F32 scaled = mul(load(Format::values.data()), set1(absmax));
       if constexpr (dtype_of<T> == DType::f32) {
@@ -279,8 +273,7 @@ struct Avx512 {
     }
   };
 
-  template <class T, bool stream>
-  struct Decode8 {
+  template <class T, bool stream> struct Decode8 {
     const float* value;
     BNB_INLINE void operator()(const uint8_t* codes, int64_t n, float absmax, T* out) const {
       const F32 scale = set1(absmax);
@@ -299,8 +292,7 @@ struct Avx512Bf16 : Avx512 {
   static constexpr std::string_view name = "avx512bf16";
 
   // The four bytes of each value in tables of their own, in registers: a gather takes several times as long on some machines.
-  template <class T, bool stream>
-  struct Decode8 {
+  template <class T, bool stream> struct Decode8 {
     I32 plane[4][4];
     explicit Decode8(const float* value) {
       alignas(64) uint8_t bytes[4][256];
@@ -316,8 +308,7 @@ struct Avx512Bf16 : Avx512 {
     }
 
    private:
-    template <int V>
-    BNB_INLINE void vectors(I32 codes, F32 scale, T* out) const {
+    template <int V> BNB_INLINE void vectors(I32 codes, F32 scale, T* out) const {
       // Dword 4 j + l goes to dword j of the 128-bit lane l, so that unpacking within lanes ends in order.
       const I32 c = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), codes);
       const __mmask64 upper = _mm512_movepi8_mask(c);
@@ -326,10 +317,12 @@ struct Avx512Bf16 : Avx512 {
         b[p] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(plane[p][0], c, plane[p][1]),
                                       _mm512_permutex2var_epi8(plane[p][2], c, plane[p][3]));
       const I32 low01 = _mm512_unpacklo_epi8(b[0], b[1]), low23 = _mm512_unpacklo_epi8(b[2], b[3]);
-      put_rounded<stream>(out, mul(floats(_mm512_unpacklo_epi16(low01, low23)), scale), mul(floats(_mm512_unpackhi_epi16(low01, low23)), scale));
+      put_rounded<stream>(out, mul(floats(_mm512_unpacklo_epi16(low01, low23)), scale),
+                          mul(floats(_mm512_unpackhi_epi16(low01, low23)), scale));
       if constexpr (V == 4) {
         const I32 high01 = _mm512_unpackhi_epi8(b[0], b[1]), high23 = _mm512_unpackhi_epi8(b[2], b[3]);
-        put_rounded<stream>(out + 32, mul(floats(_mm512_unpacklo_epi16(high01, high23)), scale), mul(floats(_mm512_unpackhi_epi16(high01, high23)), scale));
+        put_rounded<stream>(out + 32, mul(floats(_mm512_unpacklo_epi16(high01, high23)), scale),
+                            mul(floats(_mm512_unpackhi_epi16(high01, high23)), scale));
       }
     }
   };

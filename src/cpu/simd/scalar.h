@@ -14,10 +14,8 @@ struct Scalar {
   static constexpr int lanes = 1;
   using F32 = float;
 
-  template <class T>
-  BNB_INLINE static F32 load(const T* p) { return to_float(*p); }
-  template <class T>
-  BNB_INLINE static void store(T* p, F32 x) { from_float(x, *p); }
+  template <class T> BNB_INLINE static F32 load(const T* p) { return to_float(*p); }
+  template <class T> BNB_INLINE static void store(T* p, F32 x) { from_float(x, *p); }
   BNB_INLINE static F32 zero() { return 0; }
   BNB_INLINE static F32 set1(float x) { return x; }
   BNB_INLINE static F32 add(F32 a, F32 b) { return a + b; }
@@ -27,8 +25,7 @@ struct Scalar {
   static void fence() {}
 
   // The largest |x| as the bits of an fp32. As integers a NaN is above infinity, and that above every number. n: whole chunks, as below.
-  template <class T>
-  static uint32_t max_bits(const T* x, int64_t n) {
+  template <class T> static uint32_t max_bits(const T* x, int64_t n) {
     uint32_t most = 0;
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t b = bits_of(to_float(x[i])) & 0x7fffffff;
@@ -37,14 +34,11 @@ struct Scalar {
     return most;
   }
 
-  template <class Format>
-  struct Encode4 {
-    template <class T>
-    void operator()(const T* x, int64_t n, float inv, uint8_t* codes) const { encode4<Format>(x, n, inv, codes); }
+  template <class Format> struct Encode4 {
+    template <class T> void operator()(const T* x, int64_t n, float inv, uint8_t* codes) const { encode4<Format>(x, n, inv, codes); }
   };
 
-  template <class Format, class T, bool stream>
-  struct Decode4 {
+  template <class Format, class T, bool stream> struct Decode4 {
     void operator()(const uint8_t* codes, int64_t n, float absmax, T* out) const {
       T table[16];
       for (int c = 0; c < 16; ++c) from_float(Format::values.data()[c] * absmax, table[c]);
@@ -52,8 +46,7 @@ struct Scalar {
     }
   };
 
-  template <class T, bool stream>
-  struct Decode8 {
+  template <class T, bool stream> struct Decode8 {
     const float* value;
     void operator()(const uint8_t* codes, int64_t n, float absmax, T* out) const {
       for (int64_t i = 0; i < n; ++i) from_float(value[codes[i]] * absmax, out[i]);
