@@ -15,6 +15,14 @@ void expect_map(const std::vector<float>& map, bool is_signed) {
   for (const float v : map) EXPECT_TRUE(std::isfinite(v));
 }
 
+void expect_linear(const std::vector<float>& map, bool is_signed, bool has_zero) {
+  ASSERT_EQ(map.size(), 256u);
+  EXPECT_TRUE(std::ranges::is_sorted(map));
+  EXPECT_EQ(std::ranges::find(map, 0.0f) != map.end(), has_zero);
+  EXPECT_EQ(map.front(), is_signed ? -1.0f : 0.0f);
+  EXPECT_EQ(map.back(), 1.0f);
+}
+
 TEST(Codebook, ValuesOfFormats) {
   for (const auto type : kFormats)
     for (int code = 0; code < 16; ++code) {
@@ -52,11 +60,14 @@ TEST(Codebook, DynamicMapByItsDefinition) {
 }
 
 TEST(Codebook, OtherMaps) {
-  for (const bool is_signed : {true, false})
-    for (int bits = 2; bits <= 8; ++bits) expect_map(create_linear_map(is_signed, bits), is_signed);
+  for (const bool add_zero : {true, false}) {  // with fewer bits the zeros go to the middle, wherever that is, as in the released package
+    expect_linear(create_linear_map(true, 8, add_zero), true, add_zero);
+    expect_linear(create_linear_map(false, 8, add_zero), false, true);
+  }
   for (const double offset : {0.9, 0.9677083, 0.99})
     for (const bool extra : {true, false}) expect_map(create_normal_map(offset, extra), true);
   for (int exponent = 1; exponent <= 6; ++exponent) {
+    SCOPED_TRACE("fp8, " + std::to_string(exponent) + " bits of exponent");
     expect_map(create_fp8_map(true, exponent, 7 - exponent), true);
     expect_map(create_fp8_map(false, exponent, 8 - exponent), false);
   }
