@@ -162,3 +162,38 @@ def test_dict_packing() -> None:
     ):
         with pytest.raises(ValueError, match=word):
             unpack_tensor_to_dict(wrong)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_layout_of_the_released_package_on_cpus(nested: bool, storage: torch.dtype) -> None:
+    """Rows in groups of 32: byte (k / 2, row, k % 2) holds the codes of `row` (low nibble) and `row + 16` (high)."""
+    weight, options = (
+        torch.randn(64, 128),
+        {"quant_type": "nf4", "compress_statistics": nested, "quant_storage": storage},
+    )
+    packed, state = F.quantize_4bit(weight, **options)
+    before = copy.deepcopy(state)
+    other, other_state = F._convert_weight_packed_for_cpu(packed, state)
+    assert state == before and other.shape == (64, 64) and other.dtype == torch.uint8
+    stored = packed.view(torch.uint8).view(64, 64)
+
+    def nibble(row: int, k: int) -> int:
+        return int(stored[row, k // 2]) >> (4 if k % 2 == 0 else 0) & 15
+
+    flat = other.flatten().tolist()
+    for group, row, k in ((0, 0, 0), (0, 5, 7), (1, 15, 127), (1, 3, 64)):
+        byte = flat[group * 32 * 64 + (k // 2) * 32 + row * 2 + k % 2]
+        assert byte == nibble(32 * group + row + 16, k) << 4 | nibble(32 * group + row, k)
+    assert other_state.packing_format_for_cpu and other_state.absmax.shape == (2, 64)
+    expected = F.dequantize_4bit(packed, state)
+    assert torch.equal(F.dequantize_4bit(other, other_state), expected), "what is packed so is still read right"
+    back, back_state = F._convert_weight_packed_for_cpu_inverse(other, other_state)
+    assert (
+        torch.equal(back.view(torch.uint8), packed.view(torch.uint8)) and back.dtype == storage and back_state == state
+    )
+    for wrong in ({"block_n": 16}, {"block_n": 64}):
+        with pytest.raises(ValueError, match="block_n"):
+            F._convert_weight_packed_for_cpu(packed, state, **wrong)
+    with pytest.raises(ValueError, match="shape"):
+        F._convert_weight_packed_for_cpu(*F.quantize_4bit(weight[:48], **options))

@@ -11,6 +11,7 @@ from .codebooks import (
     get_4bit_type,
     name2qmap,
 )
+from .cpu_layout import _convert_weight_packed_for_cpu, _convert_weight_packed_for_cpu_inverse
 from .fourbit import (
     dequantize_4bit,
     dequantize_fp4,
@@ -25,6 +26,8 @@ from .quant_state import QuantState
 
 __all__ = [
     "QuantState",
+    "_convert_weight_packed_for_cpu",
+    "_convert_weight_packed_for_cpu_inverse",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",

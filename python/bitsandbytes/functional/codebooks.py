@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable
-from statistics import NormalDist
 
 import torch
 
@@ -46,10 +45,11 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     7, besides 7 negative ones and zeros.
     """
     _check("create_normal_map", 0.5 < offset < 1, "offset", offset, "between 0.5 and 1")
-    quantile = NormalDist().inv_cdf
-    positive = torch.linspace(offset, 0.5, 9 if use_extra_value else 8)[:-1].tolist()
-    negative = torch.linspace(offset, 0.5, 8)[:-1].tolist()
-    values = _padded([*map(quantile, positive), *(-quantile(p) for p in negative)])
+    positive, negative = (
+        torch.special.ndtri(torch.linspace(offset, 0.5, steps)[:-1].double()).tolist()
+        for steps in (9 if use_extra_value else 8, 8)
+    )
+    values = _padded([*positive, *(-v for v in negative)])
     return values / values.max()
 
 

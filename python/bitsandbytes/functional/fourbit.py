@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _checks as check
 from .blockwise import fill, nest, scales
 from .codebooks import get_4bit_type
+from .cpu_layout import _convert_weight_packed_for_cpu_inverse
 from .quant_state import QuantState
 
 _ops = torch.ops.bitsandbytes
@@ -90,6 +91,8 @@ def dequantize_4bit(
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
     check.one_of(op, "quant_type", quant_state.quant_type, check.QUANT_TYPES)
+    if quant_state.packing_format_for_cpu:
+        A, quant_state = _convert_weight_packed_for_cpu_inverse(A, quant_state)
     if out is not None:
         check.out_like(op, out, quant_state.shape or (), quant_state.dtype or out.dtype, A.device)
     args = (A, scales(quant_state), quant_state.blocksize, quant_state.quant_type, quant_state.shape, quant_state.dtype)

@@ -24,6 +24,7 @@ class QuantState:
             scales = state2.code[absmax] * state2.absmax of its block of 256 + offset.
     """
 
+    packing_format_for_cpu: bool = False  # the weight is in the layout of cpu_layout.py
     valid_quant_types = ("fp4", "nf4")
     valid_qs_type_keys = tuple(f"bitsandbytes__{t}" for t in valid_quant_types)
     valid_qs_keys = (
