@@ -9,6 +9,7 @@
 #if defined(__AMX_BF16__)
 
 #include "gemm4_dot.h"
+#include "simd/amx.h"
 
 namespace bnb::cpu {
 namespace {
@@ -40,7 +41,7 @@ template <class Isa>
 class AmxGemm {
   using Math = Bf16Math<Isa>;
   static constexpr int64_t tile = 16, tile_bytes = 1024;
-  static constexpr int64_t group_bytes = 2 * tile_bytes;   // of a decoded group of 16 rows of W
+  static constexpr int64_t row_bytes = 128, group_bytes = tile * row_bytes;  // of a decoded group of 1 and of 16 rows of W
   static constexpr int64_t panel_tiles = 4;                // times 16 rows of W at once, for up to 16 rows of a; half of that for more
   static constexpr int64_t chunk = 4;                      // groups of k that are decoded at once, for more than 32 rows of a
   static constexpr int64_t panel_bytes = 2 * panel_tiles * group_bytes;
@@ -92,30 +93,11 @@ class AmxGemm {
 
   static void run(const Gemm4bit& d, const void* packed, Range columns) {
     const AmxGemm gemm(d, packed);
-    const Tiles configured(static_cast<int>(width(d)));
+    const Tiles tiles(std::integer_sequence<int, 4, 5>{}, width(d));  // 0-3: sums; 4, 5: weights; 6, 7: activations
     gemm.run(columns);
   }
 
  private:
-  // Tiles 0-3: sums; 4, 5: weights; 6, 7: activations.
-  struct Tiles {
-    explicit Tiles(int width) {
-      struct {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {};
-        uint8_t rows[16] = {};
-      } config;
-      for (int i = 0; i < 8; ++i) {
-        config.rows[i] = 16;
-        config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 64 : 4 * width);
-      }
-      _tile_loadconfig(&config);
-    }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
-  };
-
   AmxGemm(const Gemm4bit& d, const void* packed)
       : d_(d),
         decoder_(d),
@@ -181,23 +163,41 @@ class AmxGemm {
       for (int64_t p = 0; p < P; ++p) write(sums_ + (s * P + p) * tile_bytes, n + p * tile, (t + s) * tile);
   }
 
-  // Up to 2 tiles of rows of a: sums stay in registers; group g is decoded while group g - 1 is multiplied.
+  // Up to 2 tiles of rows of a: sums stay in registers; group g is decoded while group g - 1 is multiplied, some rows a step.
   template <Layout layout, int P, int Q>
   void narrow(const Row* rows, int64_t n, const char* x) const {
-    Sums<P, Q>::zero();
-    for (int64_t g = 0; g <= groups_; ++g) {
-      if (g < groups_) decode<layout, P>(rows, n, g, panel_ + g % 2 * P * group_bytes, group_bytes);
-      if (g > 0) Sums<P, Q>::add(1, panel_ + (g - 1) % 2 * P * group_bytes, group_bytes, x + (g - 1) * 2 * x_tile_, x_tile_, x_tile_row_);
-    }
-    Sums<P, Q>::store(sums_);
+    using S = Sums<P, Q>;
+    constexpr int rows_a_step = 16 * P / S::steps;
+    const auto table = decoder_.table();  // this and the rest in registers: every tile load clobbers memory
+    char* const panel = panel_;
+    const int64_t ahead = P * tile * d_.k / 2, x_tile = x_tile_, x_tile_row = x_tile_row_;
+    const auto decode_at = [=, this](int64_t g, auto step) __attribute__((always_inline)) {
+      constexpr int first = step() * rows_a_step;
+      decode<layout, rows_a_step>(table, rows + first, n + first, g, panel + (g % 2 * P * tile + first) * row_bytes, ahead);
+    };
+    const auto multiply_at = [=](int64_t g, auto step) __attribute__((always_inline)) {
+      S::template step<step()>(panel + g % 2 * P * group_bytes, group_bytes, x + g * 2 * x_tile, x_tile, x_tile_row);
+    };
+    S::zero();
+    if (groups_ > 0) S::each_step([&](auto step) { decode_at(0, step); });
+    for (int64_t g = 1; g < groups_; ++g)
+      S::each_step([&](auto step) __attribute__((always_inline)) {
+        multiply_at(g - 1, step);
+        decode_at(g, step);
+      });
+    if (groups_ > 0) S::each_step([&](auto step) { multiply_at(groups_ - 1, step); });
+    S::store(sums_);
   }
 
   template <Layout layout, int P>
   void wide(const Row* rows, int64_t n, const char* x, int64_t count) const {
     constexpr int64_t stride = chunk * group_bytes;
+    const auto table = decoder_.table();
     for (int64_t g = 0; g < groups_; g += chunk) {
       const int64_t end = smaller(g + chunk, groups_);
-      for (int64_t i = g; i < end; ++i) decode<layout, P>(rows, n, i, panel_ + (i - g) * group_bytes, stride);
+      for (int64_t i = g; i < end; ++i)
+        for (int p = 0; p < P; ++p)
+          decode<layout, tile>(table, rows + p * tile, n + p * tile, i, panel_ + (i - g) * group_bytes + p * stride, P * tile * d_.k / 2);
       for (int64_t s = 0; s < count; s += 2) {
         const char* b = x + s * x_tile_row_ + g * 2 * x_tile_;
         char* sums = sums_ + s * P * tile_bytes;
@@ -210,81 +210,57 @@ class AmxGemm {
     if (groups_ == 0) std::memset(sums_, 0, static_cast<size_t>(count * P * tile_bytes));
   }
 
-  // Group g of 16 P rows, to 2 P tiles of the panel: [P][16 rows][64 k], panel_stride bytes from one P to the next.
-  template <Layout layout, int P>
-  BNB_INLINE void decode(const Row* rows, int64_t n, int64_t g, char* to, int64_t panel_stride) const {
-    for (int p = 0; p < P; ++p)
-      decoder_.template group_of_rows<layout, tile>(rows + p * tile, n + p * tile, g, reinterpret_cast<uint16_t*>(to + p * panel_stride), kGroup,
-                                                    kGroup / 2, P * tile * d_.k / 2);
+  // Group g of some rows to the panel: [row][64 k].
+  template <Layout layout, int count>
+  BNB_INLINE void decode(__m512 table, const Row* rows, int64_t n, int64_t g, char* to, int64_t ahead) const {
+    decoder_.template group_of_rows<layout, count>(table, rows, n, g, reinterpret_cast<uint16_t*>(to), kGroup, kGroup / 2, ahead);
   }
 
-  // P x Q tiles of sums, tile p + P q in memory: 4 x 1, or up to 2 x 2.
+  // P x Q tiles of sums, tile p + P q: 4 x 1, or up to 2 x 2. A group of k is added in steps of one tile_dot each.
   template <int P, int Q>
   struct Sums {
-    static constexpr int count = P * Q;
+    static constexpr int count = P * Q, steps = 2 * count;
+    template <class F>
+    BNB_INLINE static void each_step(F&& f) {
+      [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+        (f(std::integral_constant<int, i>{}), ...);
+      }(std::make_integer_sequence<int, steps>{});
+    }
     BNB_INLINE static void zero() {
-      _tile_zero(0);
-      if (count > 1) _tile_zero(1);
-      if (count > 2) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
+      each_tile([](auto t) { tile_zero<t()>(); });
     }
     BNB_INLINE static void load(const char* sums) {
-      _tile_loadd(0, sums, 64);
-      if (count > 1) _tile_loadd(1, sums + tile_bytes, 64);
-      if (count > 2) {
-        _tile_loadd(2, sums + 2 * tile_bytes, 64);
-        _tile_loadd(3, sums + 3 * tile_bytes, 64);
-      }
+      each_tile([&](auto t) { tile_load<t()>(sums + t * tile_bytes, 64); });
     }
     BNB_INLINE static void store(char* sums) {
-      _tile_stored(0, sums, 64);
-      if (count > 1) _tile_stored(1, sums + tile_bytes, 64);
-      if (count > 2) {
-        _tile_stored(2, sums + 2 * tile_bytes, 64);
-        _tile_stored(3, sums + 3 * tile_bytes, 64);
-      }
+      each_tile([&](auto t) { tile_store<t()>(sums + t * tile_bytes, 64); });
     }
-    // Adds `groups` groups of k. a: weights; b: activations, tiles b_tile bytes apart along k and b_row along m.
-    BNB_INLINE static void add(int64_t groups, const char* a, int64_t panel_stride, const char* b, int64_t b_tile, int64_t b_row) {
-      for (; groups > 0; --groups, a += group_bytes, b += 2 * b_tile) {
-        half(a, panel_stride, b, b_tile, b_row);
-        half(a + 64, panel_stride, b + b_tile, b_tile, b_row);
-      }
+    // a: weights, tiles a_tile bytes apart along n; b: activations, tiles b_tile bytes apart along k and b_row along m.
+    template <int i>
+    BNB_INLINE static void step(const char* a, int64_t a_tile, const char* b, int64_t b_tile, int64_t b_row) {
+      constexpr int half = i / count, p = i % count % P, q = i % count / P;
+      if constexpr (p == 0) tile_load<6 + q>(b + half * b_tile + q * b_row, b_tile / 16);
+      if constexpr (q == 0) tile_load<4 + p % 2>(a + half * 64 + p * a_tile, row_bytes);
+      tile_dot<p + P * q, 4 + p % 2, 6 + q>();
     }
-    BNB_INLINE static void half(const char* a, int64_t panel_stride, const char* b, int64_t b_tile, int64_t b_row) {
-      _tile_loadd(6, b, b_tile / 16);
-      _tile_loadd(4, a, 128);
-      _tile_dpbf16ps(0, 4, 6);
-      if (P > 1) {
-        _tile_loadd(5, a + panel_stride, 128);
-        _tile_dpbf16ps(1, 5, 6);
-      }
-      if (P == 4) {
-        _tile_loadd(4, a + 2 * panel_stride, 128);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(5, a + 3 * panel_stride, 128);
-        _tile_dpbf16ps(3, 5, 6);
-      }
-      if (Q == 2) {
-        _tile_loadd(7, b + b_row, b_tile / 16);
-        if (P == 1) _tile_dpbf16ps(1, 4, 7);
-        if (P == 2) {
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-      }
+
+   private:
+    template <class F>
+    BNB_INLINE static void each_tile(F&& f) {
+      [&]<int... t>(std::integer_sequence<int, t...>) { (f(std::integral_constant<int, t>{}), ...); }(std::make_integer_sequence<int, count>{});
     }
   };
   template <int P, int Q>
-  [[gnu::noinline]] void multiply(int64_t groups, int64_t panel_stride, const char* b, char* sums, bool first) const {
+  [[gnu::noinline]] void multiply(int64_t groups, int64_t a_tile, const char* b, char* sums, bool first) const {
+    using S = Sums<P, Q>;
     if (first)
-      Sums<P, Q>::zero();
+      S::zero();
     else
-      Sums<P, Q>::load(sums);
-    Sums<P, Q>::add(groups, panel_, panel_stride, b, x_tile_, x_tile_row_);
-    Sums<P, Q>::store(sums);
+      S::load(sums);
+    const char* a = panel_;
+    for (int64_t g = 0; g < groups; ++g, a += group_bytes, b += 2 * x_tile_)
+      S::each_step([&](auto step) { S::template step<step()>(a, a_tile, b, x_tile_, x_tile_row_); });
+    S::store(sums);
   }
 
   // y[m .. m + width)[n .. n + 16) from a tile of sums.

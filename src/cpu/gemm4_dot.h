@@ -142,8 +142,9 @@ class DotGemm {
       if (layout != Layout::anywhere && d_.m <= fused_rows) {
         tiles_of<fused_rows>(m, count, [&](int64_t i, auto height) { fused<layout, height()>(rows, i, g, end, sums_); });
       } else {
+        const auto table = decoder_.table();
         for (int64_t i = g; i < end; ++i)
-          decoder_.template group_of_rows<layout, columns_at_once>(rows, n, i, panel_ + (i - g) * kGroup, panel_stride, Math::lanes, 2 * d_.k);
+          decoder_.template group_of_rows<layout, columns_at_once>(table, rows, n, i, panel_ + (i - g) * kGroup, panel_stride, Math::lanes, 2 * d_.k);
         tiles_of<Tile::tile_rows>(m, count, [&](int64_t i, auto height) { tile<height()>(i, g, end, sums_ + (i - m) * columns_at_once); });
       }
       g = end;
