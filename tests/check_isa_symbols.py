@@ -1,7 +1,7 @@
 """Fails if code of one instruction set could be linked in place of another: check_isa_symbols.py NM LIBRARY.
 
 Of a weak function the linker keeps one copy, from whichever object comes first. So an isa_*.o may define none: neither
-one that another object of the library defines, nor one that an object of a program may define. Weak data (V) is the same
+one that another object of the library defines, nor one that an object of a program may. Weak data (V) is the same
 wherever it comes from.
 """
 
