@@ -136,7 +136,7 @@ TYPED_TEST(Gemm, IsTheSumInDouble) {
 TYPED_TEST(Gemm, RowsDoNotDependOnTheBatch) {
   constexpr int64_t all = 257, others[] = {1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 17, 32, 33, 64, 128};
   uint64_t seed = 0;
-  for (const auto [n, k] : {std::pair<int64_t, int64_t>{37, 512}, {20, 96}, {18, 333}, {24, 2304}, {48, 1120}})
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{37, 512}, {20, 96}, {18, 333}, {24, 2304}, {48, 1120}})
     for (const int64_t blocksize : {32, 64}) {
       if (BNB_TEST_SANITIZED && k > 600) continue;
       const Weight w(QuantType::nf4, n, k, blocksize, blocksize == 32, ++seed);
@@ -168,7 +168,7 @@ TYPED_TEST(Gemm, DoesNotDependOnThreads) {
 
 // Nested statistics are those of the header, to the bit.
 TYPED_TEST(Gemm, NestedAbsmaxIsTheSameProduct) {
-  for (const auto [n, k] : {std::pair<int64_t, int64_t>{40, 512}, {33, 96}, {300, 1001}, {9, 20000}})
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{40, 512}, {33, 96}, {300, 1001}, {9, 20000}})
     for (const int64_t blocksize : {32, 64, 256}) {
       Weight w(QuantType::nf4, n, k, blocksize, true);
       for (const int64_t m : {1, 7}) {
