@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import pickle
 from typing import Any
 
 import pytest
 import reference as ref
 import torch
+from test_default_backend import on_other_device
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
@@ -450,60 +450,7 @@ def test_parametrize_refuses_what_is_no_parameter() -> None:
         replace_parameter_4bit(module, "w", quant_type="int4")
 
 
-# ---- the backend of devices without kernels of their own
-
-
-def on_other_device(name: str, *args: Any) -> Any:
-    """Runs the kernel that a device without its own would get."""
-    kernel = torch.library.get_kernel(f"bitsandbytes::{name}", "PrivateUse1")
-    return kernel.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), *args)
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 63, 65, 4097])
-@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
-def test_default_backend_quantizes_to_the_same_bytes(n: int, dtype: torch.dtype) -> None:
-    ops, x = torch.ops.bitsandbytes, torch.randn(n).mul(torch.randn(n).exp()).to(dtype)
-    specials = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -1e-40]).to(dtype)
-    for x_, quant_type, blocksize, storage in itertools.product(
-        (x, torch.cat((x, specials))), ("nf4", "fp4"), (32, 256), ref.STORAGES
-    ):
-        args = (x_, blocksize, quant_type, storage)
-        expected, found = ops.quantize_4bit(*args), on_other_device("quantize_4bit", *args)
-        assert (ref.raw(found[0]) == ref.raw(expected[0])).all() and found[0].shape == expected[0].shape
-        ref.assert_bits(found[1], expected[1])
-        args = (*expected, blocksize, quant_type, [len(x_)], dtype)
-        ref.assert_bits(on_other_device("dequantize_4bit", *args), ops.dequantize_4bit(*args))
-        out = torch.empty(len(x_), dtype=dtype)
-        on_other_device("dequantize_4bit.out", *args, out)
-        ref.assert_bits(out, ops.dequantize_4bit(*args))
-    code = F.create_dynamic_map()
-    for x_ in (x, torch.cat((x, specials))):
-        expected, found = ops.quantize_blockwise(x_, code, 256), on_other_device("quantize_blockwise", x_, code, 256)
-        ref.assert_bits(found[0], expected[0])
-        ref.assert_bits(found[1], expected[1])
-        args = (*expected, code, 256, dtype)
-        ref.assert_bits(on_other_device("dequantize_blockwise", *args), ops.dequantize_blockwise(*args))
-
-
-@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
-def test_default_backend_multiplies(dtype: torch.dtype) -> None:
-    ops, x, bias = torch.ops.bitsandbytes, torch.randn(3, 2, 96).to(dtype), torch.randn(40).to(dtype)
-    packed, state = F.quantize_4bit(torch.randn(40, 96), quant_type="nf4", compress_statistics=True)
-    absmax = F.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    tolerance = (
-        {"rtol": 2e-2, "atol": 6e-2}
-        if dtype == torch.bfloat16
-        else {"rtol": 2e-3, "atol": 1e-2}
-        if dtype == torch.float16
-        else {}
-    )
-    for args in (
-        (x, packed, [40, 96], absmax, 64, "nf4", None, None, None, None),
-        (x, packed, [40, 96], state.state2.absmax, 64, "nf4", bias, state.absmax, state.state2.code, state.offset),
-    ):
-        torch.testing.assert_close(on_other_device("gemm_4bit", *args), ops.gemm_4bit(*args), **tolerance)
-    args = (x, packed, [40, 96], absmax, state.code, 64)
-    torch.testing.assert_close(on_other_device("gemv_4bit", *args), ops.gemv_4bit(*args), **tolerance)
+# ---- wrong arguments
 
 
 BAD_CALLS: dict[str, tuple[str, Any]] = {
