@@ -45,3 +45,11 @@ def isas() -> list[str]:
     found = re.search(r'BNB_FORCE_ISA: "none-such" cannot run here, expected one of ([\w, ]+)', message)
     assert found, message
     return found[1].split(", ")
+
+
+@pytest.fixture(scope="session")
+def reference_python() -> str:
+    python = os.environ.get("BNB_REFERENCE_PYTHON")
+    if not python:
+        pytest.skip("BNB_REFERENCE_PYTHON is not set to an interpreter with bitsandbytes 0.50.2 (./dev test sets it)")
+    return python

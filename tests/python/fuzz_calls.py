@@ -1,4 +1,4 @@
-"""Seeded wrong calls. Call number i of a seed is always the same; a call is a right one of which some arguments were spoilt.
+"""Seeded wrong calls: right ones of which some arguments were spoilt. Call number i of a seed is always the same.
 
 Targets and their arguments are discovered: every operator of torch.ops.bitsandbytes by its schema, every function that
 bitsandbytes.functional exports by its signature. Only what makes a right call is told here, by the names of arguments.
@@ -15,22 +15,79 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
-import torch
 
 DTYPES = [
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64),
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint16),
 ]
-INTS = [0, 1, -1, 2, 3, 31, 33, 48, 63, 65, 96, 100, 8192, 2**31, 2**32 + 64, 2**40, 2**62, 2**63 - 1, -(2**63), -64, 2**64]
-SIZES = [[], [0], [-1], [-1, -1], [2**62, 8], [2**31, 2**31], [2**63 - 1, 2], [3, 5], [7], [1, 2, 3, 4], [0, 64], [64, 0]]
+INTS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    31,
+    33,
+    48,
+    63,
+    65,
+    96,
+    100,
+    8192,
+    2**31,
+    2**32 + 64,
+    2**40,
+    2**62,
+    2**63 - 1,
+    -(2**63),
+    -64,
+    2**64,
+]
+SIZES = [
+    [],
+    [0],
+    [-1],
+    [-1, -1],
+    [2**62, 8],
+    [2**31, 2**31],
+    [2**63 - 1, 2],
+    [3, 5],
+    [7],
+    [1, 2, 3, 4],
+    [0, 64],
+    [64, 0],
+]
 SIZES += [[2**40, 1], [-(2**62), -8], [1.5], ["a"], [None]]
 STRINGS = ["", "NF4", "nf4 ", "int8", "fp8", "nf4\0", "ünf", "x" * 5000, "nf", "fp44"]
-OBJECTS = [None, 5, 1.5, "nf4", b"nf4", [], [1, 2], {}, object(), torch.float32, float("nan"), True, torch.Size([2, 2]), 2**70]
+OBJECTS = [
+    None,
+    5,
+    1.5,
+    "nf4",
+    b"nf4",
+    [],
+    [1, 2],
+    {},
+    object(),
+    torch.float32,
+    float("nan"),
+    True,
+    torch.Size([2, 2]),
+    2**70,
+]
 
 
-HELPERS = {"get_ptr", "is_on_gpu", "has_avx512bf16", "pack_dict_to_tensor", "unpack_tensor_to_dict"}  # they check nothing
+HELPERS = {
+    "get_ptr",
+    "is_on_gpu",
+    "has_avx512bf16",
+    "pack_dict_to_tensor",
+    "unpack_tensor_to_dict",
+}  # they check nothing
 
 
 @dataclass
@@ -62,7 +119,7 @@ def targets() -> list[Target]:
 
 
 def right_arguments(target: Target, rng: random.Random) -> dict[str, Any]:
-    """By the names of the parameters. One the names say nothing about takes its default, or a value that suits its type."""
+    """By the names of the parameters; one whose name says nothing takes its default, or a value that suits its type."""
     n, k, m = rng.choice([1, 2, 5, 16, 33]), rng.choice([1, 7, 32, 64, 100]), rng.choice([1, 2, 5, 33])
     dtype, quant_type = rng.choice([torch.float32, torch.float16, torch.bfloat16]), rng.choice(["nf4", "fp4"])
     blocksize, storage = rng.choice([32, 64, 256, 4096]), rng.choice([torch.uint8, torch.bfloat16, torch.float32])
@@ -77,7 +134,13 @@ def right_arguments(target: Target, rng: random.Random) -> dict[str, Any]:
         "qs_dict": state.as_dict(packed=rng.random() < 0.5), "shape": [n, k], "shapeB": [n, k],
     }  # fmt: skip
     if "shapeB" in names or "state" in names or "B" in names:  # a product
-        known |= {"A": torch.randn(m, k).to(dtype), "B": packed, "absmax": state.absmax, "code": code4, "bias": w[:, 0].clone()}
+        known |= {
+            "A": torch.randn(m, k).to(dtype),
+            "B": packed,
+            "absmax": state.absmax,
+            "code": code4,
+            "bias": w[:, 0].clone(),
+        }
         known |= {"state": state, "quant_state": state, "out": torch.empty(m, n, dtype=dtype)}
         if rng.random() < 0.5:
             offset = state.absmax.mean()
@@ -91,7 +154,9 @@ def right_arguments(target: Target, rng: random.Random) -> dict[str, Any]:
     elif "blockwise" in target.name:
         dequantize = "dequantize" in target.name
         known |= {"A": codes if dequantize else w, "absmax": state8.absmax, "code": code8, "quant_state": state8}
-        known["out"] = torch.empty(n, k, dtype=(torch.float32 if ":" not in target.name and rng.random() < 0.5 else dtype))
+        known["out"] = torch.empty(
+            n, k, dtype=(torch.float32 if ":" not in target.name and rng.random() < 0.5 else dtype)
+        )
         if not dequantize:
             known["out"] = torch.empty(n, k, dtype=torch.uint8)
     elif "dequantize" in target.name:
@@ -145,7 +210,11 @@ SPOIL_TENSOR: list[Callable[[torch.Tensor, random.Random], Any]] = [
     lambda t, rng: huge(t),
     lambda t, rng: t.to_sparse() if t.dtype.is_floating_point else t[None, None],
     lambda t, rng: t.detach().requires_grad_() if t.dtype.is_floating_point else -t,
-    lambda t, rng: torch.full_like(t, rng.choice([float("nan"), float("inf"), -float("inf"), 0.0])) if t.dtype.is_floating_point else t,
+    lambda t, rng: (
+        torch.full_like(t, rng.choice([float("nan"), float("inf"), -float("inf"), 0.0]))
+        if t.dtype.is_floating_point
+        else t
+    ),
     lambda t, rng: torch.nn.Parameter(t, requires_grad=False),
     lambda t, rng: t.clone().uniform_(-1e30, 1e30) if t.dtype == torch.float32 else t,
     lambda t, rng: t.reshape(-1, 1, 1),
@@ -195,12 +264,15 @@ class Call:
     spoilt: list[str]
 
     def __str__(self) -> str:
-        return f"{self.target.name}({', '.join(f'{k}={describe(v)}' for k, v in self.arguments.items())}) spoilt: {self.spoilt}"
+        arguments = ", ".join(f"{k}={describe(v)}" for k, v in self.arguments.items())
+        return f"{self.target.name}({arguments}) spoilt: {self.spoilt}"
 
 
 def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        strides = f" stride {tuple(value.stride())}" if value.layout == torch.strided and not value.is_contiguous() else ""
+        strides = (
+            f" stride {tuple(value.stride())}" if value.layout == torch.strided and not value.is_contiguous() else ""
+        )
         return f"<{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{strides} {value.device} {value.layout}>"
     if isinstance(value, F.QuantState):
         return "QuantState(" + ", ".join(f"{k}={describe(v)}" for k, v in vars(value).items() if v is not None) + ")"
@@ -229,7 +301,7 @@ def make_call(seed: int, index: int, all_targets: list[Target], guarded: Guarded
 
 
 class GuardedMemory:
-    """Puts tensors right before a page that may not be touched, or right behind one: a read past their ends ends the process."""
+    """Puts tensors right before a page that may not be touched, or right behind one: an access past an end is fatal."""
 
     SIZE = 1 << 16
 

@@ -1,6 +1,6 @@
 """Block-wise quantization written plainly in numpy: what the library must give, bit for bit (docs/NUMERICS.md).
 
-float16 and bfloat16 are computed as the float32 that equals them; the one rounding to the output type is torch's ``.to(dtype)``.
+float16 and bfloat16 are computed as the float32 that equals them; rounding to the output type is torch's `.to(dtype)`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ NF4 = np.array(
 NF4_THRESHOLDS = np.array(
     [-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
      -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
-     0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011], np.float32)  # fmt: skip
+     0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011],
+    np.float32)  # fmt: skip
 FP4_MAGNITUDES = np.array([0, 0.005208333333, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25], np.float32)
 FP4 = np.concatenate([FP4_MAGNITUDES, 0 - FP4_MAGNITUDES])  # codes 0 and 8 are both 0.0
 _FP4_HALF = np.array(
     [0.0026041667442768812, 0.0859375, 0.2083333432674408, 0.2916666865348816, 0.4166666865348816, 0.5833333730697632,
      0.8333333730697632], np.float32)  # fmt: skip
 FP4_THRESHOLDS = np.concatenate([-_FP4_HALF[::-1], np.zeros(1, np.float32), _FP4_HALF])
-FP4_ORDER = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)  # tiny t <= 0: code 0, tiny t > 0: code 8
+FP4_ORDER = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)  # tiny t > 0: code 8
 THRESHOLDS = {"nf4": NF4_THRESHOLDS, "fp4": FP4_THRESHOLDS}
 VALUES = {"nf4": NF4, "fp4": FP4}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -47,7 +48,7 @@ def blocks_of(n: int, blocksize: int) -> int:
 def scaled_blocks(x: np.ndarray, blocksize: int) -> tuple[np.ndarray, np.ndarray]:
     """t = x * (1 / absmax) of every element and the absmax of every block, each operation rounded to float32.
 
-    The divisor is at least 1e-38, so that 1 / absmax is finite. Infinity gives 0, and then inf * 0 is NaN; NaN gives NaN.
+    The divisor is at least 1e-38, so that 1 / absmax is finite. It is 0 for infinity, and then inf * 0 is NaN.
     """
     n = x.size
     padded = np.zeros(blocks_of(n, blocksize) * blocksize, np.float32)
@@ -81,7 +82,7 @@ def dequantize4(packed: np.ndarray, absmax: np.ndarray, quant_type: str, blocksi
 
 
 def quantize8(x: np.ndarray, code: np.ndarray, blocksize: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of 256 ascending values, judged by the float32 midpoints; a tie goes to the even code; NaN takes the last."""
+    """The nearest of 256 ascending values by their float32 midpoints; a tie goes to the even code, NaN to the last."""
     t, absmax = scaled_blocks(x, blocksize)
     middle = ((code[:-1].astype(np.float64) + code[1:]) / 2).astype(np.float32)
     below, through = np.searchsorted(middle, t, side="left"), np.searchsorted(middle, t, side="right")
@@ -101,7 +102,12 @@ def int_bits(x: torch.Tensor) -> torch.Tensor:
 
 def assert_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal shape, type and bits (-0.0 is not 0.0, NaN is NaN)."""
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype, (actual.shape, actual.dtype, expected.shape, expected.dtype)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype, (
+        actual.shape,
+        actual.dtype,
+        expected.shape,
+        expected.dtype,
+    )
     if not actual.is_floating_point():
         assert torch.equal(actual, expected)
         return

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
 import pytest
 import reference as ref
 import torch
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,9 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 def layer(dtype: torch.dtype, quant_type: str = "nf4", nested: bool = True, bias: bool = True) -> bnb.nn.Linear4bit:
-    linear = bnb.nn.Linear4bit(96, 64, bias=bias, compute_dtype=dtype, compress_statistics=nested, quant_type=quant_type)
+    linear = bnb.nn.Linear4bit(
+        96, 64, bias=bias, compute_dtype=dtype, compress_statistics=nested, quant_type=quant_type
+    )
     return linear.to(dtype).to("cpu")
 
 
@@ -53,7 +56,9 @@ def test_linear_forward_and_backward(dtype: torch.dtype, quant_type: str, nested
 
 def test_inductor_forward_and_backward() -> None:
     """Generated code around the ops: three layers and what lies between them."""
-    model = torch.nn.Sequential(layer(torch.float32), torch.nn.GELU(), torch.nn.Linear(64, 96), layer(torch.float32, "fp4", False))
+    model = torch.nn.Sequential(
+        layer(torch.float32), torch.nn.GELU(), torch.nn.Linear(64, 96), layer(torch.float32, "fp4", False)
+    )
     compiled = torch.compile(model, fullgraph=True)
     x = torch.randn(5, 96)
     expected, found = both_ways(model, model, x), both_ways(compiled, model, x)

@@ -91,10 +91,24 @@ def test_special_bytes(case: str) -> None:
 def test_blockwise_bytes(name: str) -> None:
     code = MAPS[name]()
     middle = ((code[1:].double() + code[:-1]) / 2).float()
-    x = torch.cat([torch.ones(1), middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1), torch.randn(1000).clamp(-1, 1)])
+    x = torch.cat(
+        [
+            torch.ones(1),
+            middle,
+            middle.nextafter(middle + 1),
+            middle.nextafter(middle - 1),
+            torch.randn(1000).clamp(-1, 1),
+        ]
+    )
     for blocksize in (4096, 64):
-        for e, f in zip(ops.quantize_blockwise(x, code, blocksize), on_other_device("quantize_blockwise", x, code, blocksize), strict=True):
-            ref.assert_bits(code[f.int()] if f.dtype == torch.uint8 else f, code[e.int()] if e.dtype == torch.uint8 else e)
+        for e, f in zip(
+            ops.quantize_blockwise(x, code, blocksize),
+            on_other_device("quantize_blockwise", x, code, blocksize),
+            strict=True,
+        ):
+            ref.assert_bits(
+                code[f.int()] if f.dtype == torch.uint8 else f, code[e.int()] if e.dtype == torch.uint8 else e
+            )
 
 
 def test_products_are_those_of_the_dequantized_weight() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
 import numpy as np
 import pytest
 import reference as ref
 import torch
+from process import run_reference
 from safetensors.torch import load_file, save_file
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STORAGES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
@@ -57,7 +57,9 @@ def assert_same_state(found: dict[str, torch.Tensor], expected: dict[str, torch.
 
 @every_storage
 @every_kind
-def test_released_checkpoint_loads_and_is_saved_with_equal_bytes(quant_type: str, nested: bool, storage: str, tmp_path: Path) -> None:
+def test_released_checkpoint_loads_and_is_saved_with_equal_bytes(
+    quant_type: str, nested: bool, storage: str, tmp_path: Path
+) -> None:
     state, expected = golden(quant_type, nested, storage)
     linear = fresh(quant_type, nested, storage).to("cpu")
     linear.load_state_dict(state, strict=True)
@@ -101,7 +103,7 @@ def test_nested_codes_differ_only_where_ours_are_nearer(quant_type: str) -> None
     theirs, code, scales = state["weight.absmax"], state["weight.nested_quant_map"], state["weight.nested_absmax"]
     linear = quantized(quant_type, True, "uint8")
     ours, offset = linear.weight.quant_state.absmax, linear.weight.quant_state.offset
-    packed, absmax = ref.quantize4(ref.floats(source()["weight"]), quant_type, 64)
+    _, absmax = ref.quantize4(ref.floats(source()["weight"]), quant_type, 64)
     scale = scales.repeat_interleave(256)[: len(absmax)].double()
     exact = (torch.from_numpy(absmax).double() - offset) / scale
     distance = {"ours": (code[ours.int()] - exact).abs(), "theirs": (code[theirs.int()] - exact).abs()}
@@ -112,24 +114,6 @@ def test_nested_codes_differ_only_where_ours_are_nearer(quant_type: str) -> None
 
 
 # ---- the other direction: the released package itself
-
-
-@pytest.fixture(scope="module")
-def reference_python() -> str:
-    python = os.environ.get("BNB_REFERENCE_PYTHON")
-    if not python:
-        pytest.skip("BNB_REFERENCE_PYTHON is not set to an interpreter with bitsandbytes 0.50.2 (./dev test sets it)")
-    return python
-
-
-def run_reference(python: str, code: str, *arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    check = "import bitsandbytes, sys; assert bitsandbytes.__version__ == '0.50.2', bitsandbytes.__version__\n"
-    run = subprocess.run(
-        [python, "-c", check + code, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
 
 
 LOAD_OURS = """

@@ -1,14 +1,15 @@
-"""bitsandbytes.functional: quantize and dequantize with their states, nested statistics, outputs given by the caller, maps."""
+"""bitsandbytes.functional: states, nested statistics, outputs given by the caller, maps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import bitsandbytes.functional as F
 import numpy as np
 import pytest
 import reference as ref
 import torch
+
+import bitsandbytes.functional as F
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -147,7 +148,9 @@ MAKERS = {
     "dynamic": lambda signed, exponent, total: F.create_dynamic_map(signed == "1", int(exponent), int(total)),
     "linear": lambda signed, total, zero: F.create_linear_map(signed == "1", int(total), zero == "1"),
     "normal": lambda offset, extra: F.create_normal_map(float(offset), extra == "1"),
-    "fp8": lambda signed, exponent, precision, total: F.create_fp8_map(signed == "1", int(exponent), int(precision), int(total)),
+    "fp8": lambda signed, exponent, precision, total: F.create_fp8_map(
+        signed == "1", int(exponent), int(precision), int(total)
+    ),
 }
 GOLDEN_MAPS = dict(line.split(" : ") for line in (GOLDEN / "codebooks.txt").read_text().splitlines() if line[0] != "#")
 

@@ -1,6 +1,7 @@
-"""Wrong calls: none ends the process, hangs, takes much memory, writes to its inputs, or returns another shape than its fake says.
+"""Wrong calls: none ends the process, hangs, takes much memory, writes to its inputs or contradicts its fake.
 
-BNB_FUZZ_CALLS calls (3,000 by default; 20,000 before a release), BNB_FUZZ_SEED. To see one: python fuzz_worker.py SEED N N+1 --show
+BNB_FUZZ_CALLS calls (3,000 by default; 20,000 before a release) of BNB_FUZZ_SEED.
+To see call N: python tests/python/fuzz_worker.py SEED N N+1 --show
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
 import pytest
 import torch
 from fuzz_calls import targets
 from test_ops import registered
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
 
 ops = torch.ops.bitsandbytes
 WORKER = Path(__file__).parent / "fuzz_worker.py"
@@ -30,7 +32,7 @@ SEED = int(os.environ.get("BNB_FUZZ_SEED", "1"))
 def run_calls(
     seed: int, begin: int, end: int, folder: Path, prologue: str = "", most: int = 20
 ) -> tuple[list[str], dict[str, int]]:
-    """Failures (about `most`) and counts of outcomes. A worker that dies is a failure of the call it was making; the next one goes on."""
+    """Failures, about `most`, and counts of outcomes. If a worker dies, its call has failed; another goes on."""
     failures, counts = [], {}
     progress = folder / "progress"
     code = f"import sys; sys.path.insert(0, {str(WORKER.parent)!r})\n{prologue}\nimport fuzz_worker; fuzz_worker.main()"
@@ -39,14 +41,20 @@ def run_calls(
         arguments = [sys.executable, "-c", code, str(seed), str(begin), str(end), "--progress", str(progress)]
         run = subprocess.run(arguments, capture_output=True, text=True, timeout=3600, check=False)
         lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-        failures += [f"call {line['index']}: {line['problem']}\n    {line['call']}" for line in lines if "problem" in line]
+        failures += [
+            f"call {line['index']}: {line['problem']}\n    {line['call']}" for line in lines if "problem" in line
+        ]
         for line in lines:
             for key, value in line.get("summary", {}).items():
                 counts[key] = counts.get(key, 0) + value
         if run.returncode == 0:
             break
         last = int(progress.read_text())
-        cause = signal.Signals(-run.returncode).name if run.returncode < 0 else f"exit status {run.returncode}\n{run.stderr[-1000:]}"
+        cause = (
+            signal.Signals(-run.returncode).name
+            if run.returncode < 0
+            else f"exit status {run.returncode}\n{run.stderr[-1000:]}"
+        )
         failures.append(f"call {last}: the process ended: {cause} (python {WORKER} {seed} {last} {last + 1} --show)")
         begin = last + 1
     return failures, counts
@@ -140,8 +148,18 @@ MESSAGES: list[tuple[str, str, Any]] = [
     ("shapeB", "", lambda: ops.gemm_4bit(torch.ones(1, 64), packed(), [2, 64, 1], torch.ones(2), 64, "nf4")),
     ("shapeB", "", lambda: ops.gemm_4bit(torch.ones(1, 8), packed(), [2**62, 8], torch.ones(2), 64, "nf4")),
     ("bias", "3", lambda: ops.gemm_4bit(torch.ones(1, 64), packed(), [2, 64], torch.ones(2), 64, "nf4", torch.ones(3))),
-    ("bias", "int64", lambda: ops.gemm_4bit(torch.ones(1, 64), packed(), [2, 64], torch.ones(2), 64, "nf4", torch.ones(2).long())),
-    ("absmax_8bit", "", lambda: ops.gemm_4bit(torch.ones(1, 64), packed(), [2, 64], torch.ones(1), 64, "nf4", None, torch.ones(2).byte())),
+    (
+        "bias",
+        "int64",
+        lambda: ops.gemm_4bit(torch.ones(1, 64), packed(), [2, 64], torch.ones(2), 64, "nf4", torch.ones(2).long()),
+    ),
+    (
+        "absmax_8bit",
+        "",
+        lambda: ops.gemm_4bit(
+            torch.ones(1, 64), packed(), [2, 64], torch.ones(1), 64, "nf4", None, torch.ones(2).byte()
+        ),
+    ),
     ("code", "", lambda: ops.gemv_4bit(torch.ones(1, 64), packed(), [2, 64], torch.ones(2), torch.ones(16), 64)),
     ("A", "meta", lambda: ops.quantize_blockwise(w(), code8().to("meta"), 64)),
     ("quant_type", "int4", lambda: F.quantize_4bit(w(), quant_type="int4")),

@@ -6,10 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
-import bitsandbytes
 import pytest
 import torch
 from process import QUANTIZE_ONE, run_python
+
+import bitsandbytes
 
 PACKAGE = Path(bitsandbytes.__file__).parent
 
@@ -30,7 +31,18 @@ print(f"{seconds:.3f}", *sorted({name.partition(".")[0] for name in new}))
     assert run.returncode == 0, run.stderr
     seconds, *modules = run.stdout.split()
     print(f"import bitsandbytes: {seconds} s beyond torch, new top-level modules: {' '.join(modules)}")
-    heavy = {"scipy", "transformers", "peft", "accelerate", "safetensors", "triton", "pandas", "requests", "urllib3", "httpx"}
+    heavy = {
+        "scipy",
+        "transformers",
+        "peft",
+        "accelerate",
+        "safetensors",
+        "triton",
+        "pandas",
+        "requests",
+        "urllib3",
+        "httpx",
+    }
     assert "bitsandbytes" in modules and not heavy & set(modules)
     assert not run.stderr.strip(), "importing prints nothing"
 
@@ -136,7 +148,9 @@ def test_wrong_isa_is_named(name: str) -> None:
     run = run_python(QUANTIZE_ONE, BNB_FORCE_ISA=name)
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
-    assert re.match(rf'RuntimeError: BNB_FORCE_ISA: "{re.escape(name)}" cannot run here, expected one of .*scalar', last), last
+    assert re.match(
+        rf'RuntimeError: BNB_FORCE_ISA: "{re.escape(name)}" cannot run here, expected one of .*scalar', last
+    ), last
 
 
 def test_every_supported_isa_runs(isas: list[str]) -> None:

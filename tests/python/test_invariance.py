@@ -1,15 +1,16 @@
-"""A result depends on its inputs alone: neither on the batch a row came in, nor on the number of threads, nor on the instruction set."""
+"""A result depends on its inputs alone: not on the batch of a row, the number of threads or the instruction set."""
 
 from __future__ import annotations
 
 import hashlib
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
 import pytest
 import reference as ref
 import torch
 from process import run_python
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
 
 M = (1, 2, 3, 8, 17, 32, 33, 64, 128, 257)
 THREADS = (1, 2, 3, 8)
@@ -17,7 +18,10 @@ THREADS = (1, 2, 3, 8)
 
 def layer(n: int, k: int, dtype: torch.dtype, quant_type: str = "nf4", nested: bool = True) -> bnb.nn.Linear4bit:
     return (
-        bnb.nn.Linear4bit(k, n, compute_dtype=dtype, compress_statistics=nested, quant_type=quant_type).to(dtype).to("cpu").eval()
+        bnb.nn.Linear4bit(k, n, compute_dtype=dtype, compress_statistics=nested, quant_type=quant_type)
+        .to(dtype)
+        .to("cpu")
+        .eval()
     )
 
 
@@ -86,7 +90,7 @@ def test_results_do_not_depend_on_threads() -> None:
 
 
 def test_every_isa_gives_equal_bytes(isas: list[str]) -> None:
-    """Of quantize and dequantize. Products are summed in the order that suits each, so they are only close (test_products_of_every_isa)."""
+    """Of quantize and dequantize. Each sums products in an order of its own: see test_products_of_every_isa."""
     code = "from test_invariance import *; print(digest(results(), products=False))"
     outcome = {}
     for isa in isas:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import copy
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
 import pytest
 import reference as ref
 import torch
 
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+
 MAX_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
-SHAPES = [(64, 64), (192, 256), (77, 129), (3, 4100)]  # (out, in): blocks that run over the ends of rows, a last block that is short
+SHAPES = [
+    (64, 64),
+    (192, 256),
+    (77, 129),
+    (3, 4100),
+]  # (out, in): blocks that run over the ends of rows, a last block that is short
 
 
 def layer(
     n: int, k: int, dtype: torch.dtype, quant_type: str = "nf4", nested: bool = False, bias: bool = True, **options
 ) -> bnb.nn.Linear4bit:
-    linear = bnb.nn.Linear4bit(k, n, bias=bias, compute_dtype=dtype, compress_statistics=nested, quant_type=quant_type, **options)
+    linear = bnb.nn.Linear4bit(
+        k, n, bias=bias, compute_dtype=dtype, compress_statistics=nested, quant_type=quant_type, **options
+    )
     return linear.to(dtype).to("cpu")
 
 
@@ -34,7 +42,9 @@ def exact(x: torch.Tensor, linear: bnb.nn.Linear4bit) -> torch.Tensor:
 @pytest.mark.parametrize("m", [1, 2, 5, 33, 130])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
-@pytest.mark.parametrize(("quant_type", "nested", "bias"), [("nf4", False, True), ("nf4", True, False), ("fp4", True, True)])
+@pytest.mark.parametrize(
+    ("quant_type", "nested", "bias"), [("nf4", False, True), ("nf4", True, False), ("fp4", True, True)]
+)
 def test_error_to_float64(m, shape, dtype, quant_type, nested, bias) -> None:
     linear = layer(*shape, dtype, quant_type, nested, bias)
     x = torch.randn(m, shape[1]).to(dtype)
@@ -170,13 +180,16 @@ def test_bias_dtypes(m: int, dtype: torch.dtype, bias_dtype: torch.dtype) -> Non
     x = torch.randn(m, 64).to(dtype)
     y = linear(x)
     assert y.dtype == dtype
-    assert ref.relative_error(y, exact(x, linear)) < MAX_ERROR[torch.bfloat16 if torch.bfloat16 in (dtype, bias_dtype) else torch.float16]
+    assert (
+        ref.relative_error(y, exact(x, linear))
+        < MAX_ERROR[torch.bfloat16 if torch.bfloat16 in (dtype, bias_dtype) else torch.float16]
+    )
 
 
 @pytest.mark.parametrize("m", [1, 9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype: torch.dtype, m: int) -> None:
-    """Under autocast, gradients have the types of their tensors. A compute_dtype that was set stays, as in the released package."""
+    """Gradients have the types of their tensors. A compute_dtype that was set stays, as in the released package."""
     linear = layer(32, 64, torch.float32)
     before = copy.deepcopy(linear)
     x = torch.randn(m, 64, requires_grad=True)

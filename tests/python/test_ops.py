@@ -6,29 +6,33 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes.functional as F
 import pytest
 import reference as ref
 import torch
+
+import bitsandbytes.functional as F
 
 ops = torch.ops.bitsandbytes
 
 # As printed by the released package 0.50.2.
 SCHEMAS = [
-    "bitsandbytes::quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
-    "bitsandbytes::dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) "
-    "-> Tensor",
-    "bitsandbytes::dequantize_4bit.out(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, "
-    "ScalarType dtype, Tensor($0! -> ) out) -> ()",
-    "bitsandbytes::quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
-    "bitsandbytes::dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
-    "bitsandbytes::dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, "
-    "Tensor($0! -> ) out) -> ()",
-    "bitsandbytes::gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
-    "bitsandbytes::gemv_4bit.out(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, "
-    "Tensor($0! -> ) out) -> ()",
-    "bitsandbytes::gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
-    "Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+    f"bitsandbytes::{schema}"
+    for schema in (
+        "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
+        "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) "
+        "-> Tensor",
+        "dequantize_4bit.out(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype, "
+        "Tensor($0! -> ) out) -> ()",
+        "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+        "dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
+        "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, "
+        "Tensor($0! -> ) out) -> ()",
+        "gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
+        "gemv_4bit.out(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, "
+        "Tensor($0! -> ) out) -> ()",
+        "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
+        "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+    )
 ]
 
 
@@ -52,13 +56,17 @@ def test_every_op_has_a_cpu_kernel_a_fake_and_a_default(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta") or overload(name)._defined_in_python is not None
     entry = torch._library.simple_registry.singleton.find(name)
     assert entry.fake_impl.kernel is not None, "no fake"
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd"), "no kernel for other devices"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd"), (
+        "no kernel for other devices"
+    )
 
 
 # ---- opcheck
 
 
-def weight(n: int, k: int, quant_type: str = "nf4", blocksize: int = 64, storage: torch.dtype = torch.uint8) -> tuple[torch.Tensor, ...]:
+def weight(
+    n: int, k: int, quant_type: str = "nf4", blocksize: int = 64, storage: torch.dtype = torch.uint8
+) -> tuple[torch.Tensor, ...]:
     w = torch.randn(n, k)
     packed, absmax = ops.quantize_4bit(w, blocksize, quant_type, storage)
     return packed, absmax, ops.dequantize_4bit(packed, absmax, blocksize, quant_type, [n, k], torch.float32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as F
 import numpy as np
 import pytest
 import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import bitsandbytes.functional as F
 
 ops = torch.ops.bitsandbytes
 
@@ -18,7 +19,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def random(n: int, dtype: torch.dtype, exponent: int, seed: int) -> torch.Tensor:
     """Normal numbers times a power of ten that suits the type."""
-    x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (exponent / (8 if dtype == torch.float16 else 1))
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (
+        exponent / (8 if dtype == torch.float16 else 1)
+    )
     return x.to(dtype)
 
 
@@ -38,7 +41,11 @@ def check_4bit(x: torch.Tensor, quant_type: str, blocksize: int, storage: torch.
     fake_packed, fake_absmax = ops.quantize_4bit(x.to("meta"), blocksize, quant_type, storage)
     assert (fake_packed.shape, fake_packed.dtype, fake_absmax.shape) == (packed.shape, storage, absmax.shape)
     for dtype in ref.FLOATS:
-        y = torch.from_numpy(ref.dequantize4(expected, expected_absmax, quant_type, blocksize, n)).to(dtype).reshape(x.shape)
+        y = (
+            torch.from_numpy(ref.dequantize4(expected, expected_absmax, quant_type, blocksize, n))
+            .to(dtype)
+            .reshape(x.shape)
+        )
         ref.assert_bits(ops.dequantize_4bit(packed, absmax, blocksize, quant_type, x.shape, dtype), y)
         out = torch.full(x.shape, 7.0, dtype=dtype)
         ops.dequantize_4bit.out(packed, absmax, blocksize, quant_type, x.shape, dtype, out)
@@ -63,8 +70,12 @@ def test_4bit_random(n, dtype, quant_type, blocksize, storage, exponent, seed) -
 def test_4bit_at_the_thresholds(quant_type: str, dtype: torch.dtype) -> None:
     """Every threshold, code value and midpoint and the floats next to them, in blocks whose absmax is 1 and 3."""
     values = ref.VALUES[quant_type].astype(np.float64)
-    points = np.concatenate([values, ref.THRESHOLDS[quant_type], (np.sort(values)[1:] + np.sort(values)[:-1]) / 2]).astype(np.float32)
-    points = np.concatenate([points, np.nextafter(points, 2, dtype=np.float32), np.nextafter(points, -2, dtype=np.float32)])
+    points = np.concatenate(
+        [values, ref.THRESHOLDS[quant_type], (np.sort(values)[1:] + np.sort(values)[:-1]) / 2]
+    ).astype(np.float32)
+    points = np.concatenate(
+        [points, np.nextafter(points, 2, dtype=np.float32), np.nextafter(points, -2, dtype=np.float32)]
+    )
     points = points[np.abs(points) <= 1]
     padded = np.zeros((ref.blocks_of(points.size, 31), 32), np.float32)
     padded[:, 0] = 1
@@ -131,7 +142,9 @@ MAPS = {
     "fp8": lambda: F.create_fp8_map(),
     "padded": lambda: F.create_dynamic_map(total_bits=6),
     "random": lambda: torch.rand(256, generator=torch.Generator().manual_seed(5)).mul(2).sub(1).sort()[0],
-    "clustered": lambda: torch.cat([torch.linspace(-1, -0.999, 100), torch.linspace(1e-3, 1.001e-3, 155), torch.ones(1)]),
+    "clustered": lambda: torch.cat(
+        [torch.linspace(-1, -0.999, 100), torch.linspace(1e-3, 1.001e-3, 155), torch.ones(1)]
+    ),
 }
 
 
@@ -146,7 +159,11 @@ def check_blockwise(x: torch.Tensor, code: torch.Tensor, blocksize: int) -> None
         np.testing.assert_array_equal(codes.numpy().reshape(-1), expected)
     ref.assert_bits(absmax, torch.from_numpy(expected_absmax))
     for dtype in ref.FLOATS:
-        y = torch.from_numpy(ref.dequantize8(codes.numpy(), expected_absmax, values, blocksize)).to(dtype).reshape(x.shape)
+        y = (
+            torch.from_numpy(ref.dequantize8(codes.numpy(), expected_absmax, values, blocksize))
+            .to(dtype)
+            .reshape(x.shape)
+        )
         ref.assert_bits(ops.dequantize_blockwise(codes, absmax, code, blocksize, dtype), y)
         out = torch.full(x.shape, 7.0, dtype=dtype)
         ops.dequantize_blockwise.out(codes, absmax, code, blocksize, dtype, out)
@@ -167,7 +184,7 @@ def test_blockwise_random(n, dtype, name, blocksize, exponent, seed) -> None:
 
 @pytest.mark.parametrize("name", MAPS)
 def test_blockwise_is_the_nearest_code(name: str) -> None:
-    """Independent of the midpoints: no other code is nearer than the chosen one by more than what rounding t and a midpoint can do."""
+    """Judged by distance: no other code is nearer by more than what the rounding of t and of a midpoint can do."""
     code = MAPS[name]()
     x = torch.cat([torch.linspace(-1, 1, 20001), torch.randn(10000) * 1e-3, torch.randn(10000) * 1e-6]).clamp(-1, 1)
     codes, absmax = ops.quantize_blockwise(torch.cat([torch.ones(1), x]), code, 4096)
@@ -182,7 +199,9 @@ def test_blockwise_is_the_nearest_code(name: str) -> None:
 def test_blockwise_at_the_midpoints(name: str) -> None:
     code = MAPS[name]()
     middle = ((code[1:].double() + code[:-1]) / 2).float().numpy()
-    points = np.concatenate([middle, np.nextafter(middle, np.float32(2)), np.nextafter(middle, np.float32(-2)), code.numpy()])
+    points = np.concatenate(
+        [middle, np.nextafter(middle, np.float32(2)), np.nextafter(middle, np.float32(-2)), code.numpy()]
+    )
     x = np.ones((ref.blocks_of(points.size, 63), 64), np.float32)
     x[:, 1:] = np.resize(points, (x.shape[0], 63))
     check_blockwise(torch.from_numpy(x), code, 64)
@@ -257,7 +276,10 @@ def test_strided_codes_and_absmax() -> None:
     code = F.create_dynamic_map()
     codes, absmax = ops.quantize_blockwise(x, code, 64)
     y = ops.dequantize_blockwise(codes, absmax, code, 64, torch.float32)
-    ref.assert_bits(ops.dequantize_blockwise(codes.t(), absmax, code, 64, torch.float32), ops.dequantize_blockwise(codes.t().clone(), absmax, code, 64, torch.float32))
+    ref.assert_bits(
+        ops.dequantize_blockwise(codes.t(), absmax, code, 64, torch.float32),
+        ops.dequantize_blockwise(codes.t().clone(), absmax, code, 64, torch.float32),
+    )
     doubled = torch.stack([code, code], dim=1)[:, 0]
     ref.assert_bits(ops.dequantize_blockwise(codes, absmax, doubled, 64, torch.float32), y)
     again, _ = ops.quantize_blockwise(x, doubled, 64)
@@ -266,7 +288,7 @@ def test_strided_codes_and_absmax() -> None:
 
 @pytest.mark.slow
 def test_more_elements_than_31_bits_count() -> None:
-    """2^31 + 64 elements: 4 GiB of bf16, 1 GiB of 4-bit and 2 GiB of 8-bit codes. The ends are compared with the small case."""
+    """2^31 + 64: 4 GiB of bf16, 1 GiB of 4-bit and 2 GiB of 8-bit codes. The end is compared with the reference."""
     n, tail = 2**31 + 64, 4096 + 64
     x = torch.randn(2**20, dtype=torch.bfloat16).repeat(2**11 + 1)[:n]
     x[-tail:] = torch.randn(tail, dtype=torch.bfloat16)
@@ -285,4 +307,6 @@ def test_more_elements_than_31_bits_count() -> None:
     expected, expected_absmax = ref.quantize8(ref.floats(x[-tail:]), code.numpy(), 64)
     np.testing.assert_array_equal(codes[-tail:].numpy(), expected)
     y = ops.dequantize_blockwise(codes, absmax, code, 64, torch.bfloat16)
-    ref.assert_bits(y[-tail:], torch.from_numpy(ref.dequantize8(expected, expected_absmax, code.numpy(), 64)).bfloat16())
+    ref.assert_bits(
+        y[-tail:], torch.from_numpy(ref.dequantize8(expected, expected_absmax, code.numpy(), 64)).bfloat16()
+    )
