@@ -40,8 +40,8 @@ def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
 class Linear4bit(torch.nn.Linear):
     """A linear layer whose weight is stored in 4 bits and multiplied as stored (QLoRA, arXiv 2305.14314).
 
-    The weight is quantized when the layer first moves to a device. Forward: y = x @ W^T + bias in compute_dtype, [...,
-    K] -> [..., N], returned in the dtype of x; gradients reach x and bias. fp32 is computed in fp32.
+    The weight is quantized when the layer first moves to a device. Forward: y = x @ W^T + bias in compute_dtype,
+    [..., K] -> [..., N], returned in the dtype of x; gradients reach x and bias. fp32 is computed in fp32.
 
     Args:
         input_features, output_features: K and N.
