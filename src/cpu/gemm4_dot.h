@@ -112,7 +112,7 @@ class DotGemm {
     return smaller(ceil_div(d.m, 16) * 16, (fit < 2 ? 2 : fit) * Tile::tile_rows + 15) / 16 * 16;
   }
   static int64_t scratch_bytes(const Gemm4bit& d) {
-    return (block_rows(d) + Decoder<Math>::row_floats(d)) * columns_at_once * 4 + columns_at_once * panel_stride * int64_t{sizeof(Element)};
+    return columns_at_once * ((block_rows(d) + Decoder<Math>::row_floats(d)) * 4 + panel_stride * int64_t{sizeof(Element)});
   }
 
   void run(Range columns) {
@@ -130,12 +130,6 @@ class DotGemm {
     Row rows[columns_at_once];
     for (int j = 0; j < columns_at_once; ++j)
       rows[j] = decoder_.template row<layout>(smaller(n + j, d_.n - 1), absmax_ + j * Decoder<Math>::row_floats(d_));
-    float bias[columns_at_once] = {};
-    for (int j = 0; j < columns_at_once && n + j < d_.n && d_.bias.size != 0; ++j)
-      visit(d_.bias.dtype, [&]<class B>(B value) {
-        std::memcpy(&value, static_cast<const B*>(d_.bias.data) + n + j, sizeof(B));
-        bias[j] = to_float(value);
-      });
     int64_t g = 0;
     do {
       const int64_t end = smaller(g + chunk_groups, groups_);
@@ -144,19 +138,33 @@ class DotGemm {
       } else {
         const auto table = decoder_.table();
         for (int64_t i = g; i < end; ++i)
-          decoder_.template group_of_rows<layout, columns_at_once>(table, rows, n, i, panel_ + (i - g) * kGroup, panel_stride, Math::lanes, 2 * d_.k);
+          decoder_.template group_of_rows<layout, columns_at_once>(table, rows, n, i, panel_ + (i - g) * kGroup, panel_stride, Math::lanes,
+                                                                   columns_at_once * d_.k / 2);
         tiles_of<Tile::tile_rows>(m, count, [&](int64_t i, auto height) { tile<height()>(i, g, end, sums_ + (i - m) * columns_at_once); });
       }
       g = end;
     } while (g < groups_);
-    for (int64_t i = 0; i < count; ++i) {
+    write(m, count, n, sums_);
+  }
+
+  // y[m .. m + count)[n .. n + 4) = sums + bias
+  void write(int64_t m, int64_t count, int64_t n, const float* sums) const {
+    const int64_t columns = smaller(columns_at_once, d_.n - n);
+    float bias[columns_at_once] = {};
+    if (d_.bias.size != 0)
+      visit(d_.bias.dtype, [&]<class B>(B) {
+        B values[columns_at_once] = {};
+        std::memcpy(values, static_cast<const B*>(d_.bias.data) + n, static_cast<size_t>(columns) * sizeof(B));
+        for (int j = 0; j < columns_at_once; ++j) bias[j] = to_float(values[j]);
+      });
+    T* to = static_cast<T*>(d_.out.data) + m * d_.n + n;
+    for (int64_t i = 0; i < count; ++i, to += d_.n, sums += columns_at_once) {
       T out[columns_at_once];
-      for (int j = 0; j < columns_at_once; ++j) from_float(sums_[i * columns_at_once + j] + bias[j], out[j]);
-      T* to = static_cast<T*>(d_.out.data) + (m + i) * d_.n + n;
-      if (n + columns_at_once <= d_.n)
+      for (int j = 0; j < columns_at_once; ++j) from_float(sums[j] + bias[j], out[j]);
+      if (columns == columns_at_once)
         std::memcpy(to, out, sizeof(out));
       else
-        std::memcpy(to, out, static_cast<size_t>(d_.n - n) * sizeof(T));
+        std::memcpy(to, out, static_cast<size_t>(columns) * sizeof(T));
     }
   }
 
@@ -175,8 +183,7 @@ class DotGemm {
   // sums[i][j] (+)= a[m + i] . panel[j] over the groups [begin, end); the first chunk sets.
   template <int height>
   [[gnu::noinline]] void tile(int64_t m, int64_t begin, int64_t end, float* sums) const {
-    const Element* x = x_ + m * stride_ + begin * kGroup;
-    const Element* w = panel_;
+    const Element *x = x_ + m * stride_ + begin * kGroup, *w = panel_;
     Sum c[height][columns_at_once];
     for (auto& row : c)
       for (auto& sum : row) sum = Isa::zero();
@@ -232,11 +239,7 @@ class DotGemm {
   template <int height>
   BNB_INLINE static void finish(const Sum (&c)[height][columns_at_once], bool first, float* sums) {
 #pragma GCC unroll 8
-    for (int i = 0; i < height; ++i) {
-      float s[columns_at_once];
-      Tile::add_lanes(c[i][0], c[i][1], c[i][2], c[i][3], s);
-      for (int j = 0; j < columns_at_once; ++j) sums[i * columns_at_once + j] = first ? s[j] : sums[i * columns_at_once + j] + s[j];
-    }
+    for (int i = 0; i < height; ++i) Tile::add_lanes(c[i][0], c[i][1], c[i][2], c[i][3], first, sums + i * columns_at_once);
   }
 
   const Gemm4bit& d_;

@@ -22,7 +22,7 @@ constexpr int position(int e) {
 //   tile_rows            rows of activations in a tile of 4 columns that fits the registers
 //   decode<T, split>     64 weights value * absmax, rounded to T; `split`: the second half of the group has an absmax of its own
 //   permute              64 activations as fp32
-//   add_lanes            to[i] = sum of the lanes of vector i
+//   add_lanes            to[i] (+)= sum of the lanes of vector i
 template <class Isa, int lanes = Isa::lanes>
 struct Gemm4Ops;
 
@@ -43,7 +43,10 @@ struct Gemm4Ops<Isa, 1> {
   BNB_INLINE static void permute(const T* x, float* to) {
     for (int e = 0; e < kGroup; ++e) to[position<1>(e)] = Isa::load(x + e);
   }
-  BNB_INLINE static void add_lanes(float a, float b, float c, float d, float* to) { to[0] = a, to[1] = b, to[2] = c, to[3] = d; }
+  BNB_INLINE static void add_lanes(float a, float b, float c, float d, bool first, float* to) {
+    const float sums[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) to[i] = first ? sums[i] : to[i] + sums[i];
+  }
   BNB_INLINE static float mul_add(float a, float b, float c) { return a * b + c; }
 };
 
@@ -93,9 +96,10 @@ struct Gemm4Ops<Isa, 8> {
     const __m256i step = _mm256_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56);
     for (int i = 0; i < 8; ++i) _mm256_storeu_ps(to + 8 * i, _mm256_i32gather_ps(plain + (i ^ 1), step, 4));
   }
-  BNB_INLINE static void add_lanes(__m256 a, __m256 b, __m256 c, __m256 d, float* to) {
-    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  BNB_INLINE static void add_lanes(__m256 a, __m256 b, __m256 c, __m256 d, bool first, float* to) {
+    const __m256 half = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(to, first ? sums : _mm_add_ps(_mm_loadu_ps(to), sums));
   }
   BNB_INLINE static __m256 mul_add(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 };
@@ -143,13 +147,14 @@ struct Gemm4Ops<Isa, 16> {
       _mm512_storeu_ps(to + 16 * i, _mm512_mask_mov_ps(low, 0xff00, high));
     }
   }
-  BNB_INLINE static void add_lanes(__m512 a, __m512 b, __m512 c, __m512 d, float* to) {
+  BNB_INLINE static void add_lanes(__m512 a, __m512 b, __m512 c, __m512 d, bool first, float* to) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-    const __m512 sums = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    const __m512 quarter = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quarter), _mm512_extractf32x8_ps(quarter, 1));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(to, first ? sums : _mm_add_ps(_mm_loadu_ps(to), sums));
   }
   BNB_INLINE static __m512 mul_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 };
