@@ -15,7 +15,6 @@ from test_default_backend import on_other_device
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
-from bitsandbytes.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
 every_kind = pytest.mark.parametrize(("quant_type", "nested"), KINDS)
@@ -393,61 +392,6 @@ def test_embeddings_are_not_saved() -> None:
 def test_int8_params_with_16_bit_weights_stay() -> None:
     weight = Int8Params(torch.randn(3, 4), has_fp16_weights=True).to("cpu")
     assert weight.dtype == torch.float32 and weight.CB is None and weight.requires_grad
-
-
-# ---- parametrize
-
-
-class Experts(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.randn(4, 24, 40))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("eoi,i->eo", self.w, x) + self.w.sum()
-
-
-@every_kind
-def test_parametrized_parameter(quant_type: str, nested: bool) -> None:
-    module = Experts()
-    packed, state = F.quantize_4bit(module.w.data, quant_type=quant_type, compress_statistics=nested)
-    expected = F.dequantize_4bit(packed, state)
-    replace_parameter_4bit(module, "w", compress_statistics=nested, quant_type=quant_type)
-    ref.assert_bits(module.w, expected)
-    saved = module.state_dict()
-    assert list(saved) == ["w", *(f"w.{k}" for k in state.as_dict(packed=True))]
-    other = Experts()
-    replace_parameter_4bit(other, "w", compress_statistics=not nested, quant_type="nf4")
-    other.load_state_dict(saved, strict=True)
-    ref.assert_bits(other.w, expected)
-    third = Experts()
-    third.w = torch.nn.Parameter(saved["w"], requires_grad=False)
-    replace_parameter_4bit_prequantized(third, "w", {k: v for k, v in saved.items() if k != "w"}, torch.device("cpu"))
-    ref.assert_bits(third.w, expected)
-
-
-def test_parametrized_parameter_is_read_once_per_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Experts()
-    replace_parameter_4bit(module, "w")
-    calls: list[int] = []
-    dequantize = F.dequantize_4bit
-    monkeypatch.setattr(F, "dequantize_4bit", lambda *args: calls.append(1) or dequantize(*args))
-    module(torch.ones(40))
-    assert len(calls) == 1
-    with pytest.raises(RuntimeError):
-        module(torch.ones(41))
-    assert not torch.nn.utils.parametrize._cache_enabled and not torch.nn.utils.parametrize._cache
-
-
-def test_parametrize_refuses_what_is_no_parameter() -> None:
-    module = Experts()
-    module.number = 5
-    with pytest.raises(AttributeError, match="nope"):
-        replace_parameter_4bit(module, "nope")
-    with pytest.raises(TypeError, match="number"):
-        replace_parameter_4bit(module, "number")
-    with pytest.raises(ValueError, match="quant_type"):
-        replace_parameter_4bit(module, "w", quant_type="int4")
 
 
 # ---- wrong arguments

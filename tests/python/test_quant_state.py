@@ -8,9 +8,11 @@ import pickle
 from typing import Any
 
 import pytest
+import reference as ref
 import torch
 
 import bitsandbytes.functional as F
+from bitsandbytes.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 PACKED = ["absmax", "quant_map", "quant_state.bitsandbytes__nf4"]
@@ -197,3 +199,59 @@ def test_layout_of_the_released_package_on_cpus(nested: bool, storage: torch.dty
             F._convert_weight_packed_for_cpu(packed, state, **wrong)
     with pytest.raises(ValueError, match="shape"):
         F._convert_weight_packed_for_cpu(*F.quantize_4bit(weight[:48], **options))
+
+
+# ---- parametrized parameters, which carry a state
+
+
+class Experts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(4, 24, 40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("eoi,i->eo", self.w, x) + self.w.sum()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_parametrized_parameter(quant_type: str, nested: bool) -> None:
+    module = Experts()
+    packed, state = F.quantize_4bit(module.w.data, quant_type=quant_type, compress_statistics=nested)
+    expected = F.dequantize_4bit(packed, state)
+    replace_parameter_4bit(module, "w", compress_statistics=nested, quant_type=quant_type)
+    ref.assert_bits(module.w, expected)
+    saved = module.state_dict()
+    assert list(saved) == ["w", *(f"w.{k}" for k in state.as_dict(packed=True))]
+    other = Experts()
+    replace_parameter_4bit(other, "w", compress_statistics=not nested, quant_type="nf4")
+    other.load_state_dict(saved, strict=True)
+    ref.assert_bits(other.w, expected)
+    third = Experts()
+    third.w = torch.nn.Parameter(saved["w"], requires_grad=False)
+    replace_parameter_4bit_prequantized(third, "w", {k: v for k, v in saved.items() if k != "w"}, torch.device("cpu"))
+    ref.assert_bits(third.w, expected)
+
+
+def test_parametrized_parameter_is_read_once_per_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Experts()
+    replace_parameter_4bit(module, "w")
+    calls: list[int] = []
+    dequantize = F.dequantize_4bit
+    monkeypatch.setattr(F, "dequantize_4bit", lambda *args: calls.append(1) or dequantize(*args))
+    module(torch.ones(40))
+    assert len(calls) == 1
+    with pytest.raises(RuntimeError):
+        module(torch.ones(41))
+    assert not torch.nn.utils.parametrize._cache_enabled and not torch.nn.utils.parametrize._cache
+
+
+def test_parametrize_refuses_what_is_no_parameter() -> None:
+    module = Experts()
+    module.number = 5
+    with pytest.raises(AttributeError, match="nope"):
+        replace_parameter_4bit(module, "nope")
+    with pytest.raises(TypeError, match="number"):
+        replace_parameter_4bit(module, "number")
+    with pytest.raises(ValueError, match="quant_type"):
+        replace_parameter_4bit(module, "w", quant_type="int4")
