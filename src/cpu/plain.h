@@ -21,8 +21,8 @@ template <class Format> BNB_INLINE uint8_t nearest(float t) {
 // Codes at any t: the plain rule, for the scalar instruction set and for blocks that hold Inf or NaN. Behind an odd n: the code of zero.
 template <class Format, class T> void encode4(const T* x, int64_t n, float inv, uint8_t* codes) {
   for (int64_t i = 0; i < n / 2; ++i)
-    codes[i] = static_cast<uint8_t>(nearest<Format>(to_float(x[2 * i]) * inv) << 4 | nearest<Format>(to_float(x[2 * i + 1]) * inv));
-  if (n % 2) codes[n / 2] = static_cast<uint8_t>(nearest<Format>(to_float(x[n - 1]) * inv) << 4 | nearest<Format>(0));
+    codes[i] = static_cast<uint8_t>(nearest<Format>(read(x + 2 * i) * inv) << 4 | nearest<Format>(read(x + 2 * i + 1) * inv));
+  if (n % 2) codes[n / 2] = static_cast<uint8_t>(nearest<Format>(read(x + n - 1) * inv) << 4 | nearest<Format>(0));
 }
 
 }  // namespace

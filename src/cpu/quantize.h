@@ -47,7 +47,7 @@ template <class Isa, bool is_signed> struct EncodeDynamic {
   explicit EncodeDynamic(const Encoder8& e) : encoder(e), fast(*e.dynamic) {}
   template <class T> BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const { fast(encoder, x, n, inv, codes); }
   template <class T> void any(const T* x, int64_t n, float inv, uint8_t* codes) const {
-    for (int64_t i = 0; i < n; ++i) codes[i] = encoder(to_float(x[i]) * inv);
+    for (int64_t i = 0; i < n; ++i) codes[i] = encoder(read(x + i) * inv);
   }
 };
 

@@ -168,7 +168,7 @@ struct Avx2 {
           for (int j = 0; j < 4; ++j)
             for (auto lanes = static_cast<uint32_t>(close(y[j])); lanes; lanes &= lanes - 1) {
               const int i = 8 * j + __builtin_ctz(lanes) / 4;
-              codes[i] = encoder(to_float(x[i]) * inv);
+              codes[i] = encoder(read(x + i) * inv);
             }
       }
     }

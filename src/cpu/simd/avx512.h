@@ -247,7 +247,7 @@ struct Avx512 {
         for (int j = 0; j < V; ++j)
           for (uint32_t close = _mm512_mask_cmplt_epu16_mask(0x55555555, y[j], limit); close; close &= close - 1) {
             const int i = 16 * j + __builtin_ctz(close) / 2;
-            codes[i] = encoder(to_float(x[i]) * inv);
+            codes[i] = encoder(read(x + i) * inv);
           }
     }
   };

@@ -14,8 +14,8 @@ struct Scalar {
   static constexpr int lanes = 1;
   using F32 = float;
 
-  template <class T> BNB_INLINE static F32 load(const T* p) { return to_float(*p); }
-  template <class T> BNB_INLINE static void store(T* p, F32 x) { from_float(x, *p); }
+  template <class T> BNB_INLINE static F32 load(const T* p) { return read(p); }
+  template <class T> BNB_INLINE static void store(T* p, F32 x) { write(p, rounded<T>(x)); }
   BNB_INLINE static F32 zero() { return 0; }
   BNB_INLINE static F32 set1(float x) { return x; }
   BNB_INLINE static F32 add(F32 a, F32 b) { return a + b; }
@@ -28,7 +28,7 @@ struct Scalar {
   template <class T> static uint32_t max_bits(const T* x, int64_t n) {
     uint32_t most = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t b = bits_of(to_float(x[i])) & 0x7fffffff;
+      const uint32_t b = bits_of(read(x + i)) & 0x7fffffff;
       most = b > most ? b : most;
     }
     return most;
@@ -42,14 +42,14 @@ struct Scalar {
     void operator()(const uint8_t* codes, int64_t n, float absmax, T* out) const {
       T table[16];
       for (int c = 0; c < 16; ++c) from_float(Format::values.data()[c] * absmax, table[c]);
-      for (int64_t i = 0; i < n / 2; ++i) out[2 * i] = table[codes[i] >> 4], out[2 * i + 1] = table[codes[i] & 15];
+      for (int64_t i = 0; i < n / 2; ++i) write(out + 2 * i, table[codes[i] >> 4]), write(out + 2 * i + 1, table[codes[i] & 15]);
     }
   };
 
   template <class T, bool stream> struct Decode8 {
     const float* value;
     void operator()(const uint8_t* codes, int64_t n, float absmax, T* out) const {
-      for (int64_t i = 0; i < n; ++i) from_float(value[codes[i]] * absmax, out[i]);
+      for (int64_t i = 0; i < n; ++i) write(out + i, rounded<T>(value[codes[i]] * absmax));
     }
   };
 };
