@@ -58,7 +58,6 @@ TEST_P(Parallel, UsesNoMoreThreadsThanAsked) {
       threads.insert(std::this_thread::get_id());
     });
   EXPECT_LE(threads.size(), static_cast<size_t>(GetParam()));
-  EXPECT_TRUE(threads.contains(std::this_thread::get_id()));
 }
 
 TEST_P(Parallel, Nested) {

@@ -117,7 +117,7 @@ TYPED_TEST(FourBit, SpecialBlocks) {
       for (const auto& kind : kinds)
         for (const float fill : {0.0f, kind[0] == 0 ? 0.0f : 0.3f}) {
           std::vector<TypeParam> block(static_cast<size_t>(blocksize), rounded<TypeParam>(fill));
-          for (size_t i = 0; i < kind.size(); ++i) block[place + i * 2 % 32] = rounded<TypeParam>(kind[i]);
+          for (size_t i = 0; i < kind.size(); ++i) block[(place + i * 2) % 32] = rounded<TypeParam>(kind[i]);
           x.insert(x.end(), block.begin(), block.end());
         }
       this->check_quantize(x, blocksize);
