@@ -228,3 +228,20 @@ def test_forward_never_changes_the_weight(dtype, quant_type, nested, storage) ->
     assert state.keys() == state_before.keys()
     for key, value in state.items():
         ref.assert_bits(value, state_before[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
+def test_more_weights_than_31_bits_count(dtype: torch.dtype) -> None:
+    """2^31 + 1024 weights, 1 GiB of codes: the last columns are those of a product with the last rows alone."""
+    n, k, last = 2**21 + 1, 1024, 5
+    gemm = torch.ops.bitsandbytes.gemm_4bit
+    packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8)
+    absmax = torch.rand(n * k // 64)
+    for m in (1, 3):
+        x = torch.randn(m, k).to(dtype)
+        y = gemm(x, packed, [n, k], absmax, 64, "nf4")
+        tail = gemm(x, packed[-last * k // 2 :], [last, k], absmax[-last * k // 64 :], 64, "nf4")
+        ref.assert_bits(y[:, -last:].contiguous(), tail)
+        head = gemm(x, packed[: last * k // 2], [last, k], absmax[: last * k // 64], 64, "nf4")
+        ref.assert_bits(y[:, :last].contiguous(), head)

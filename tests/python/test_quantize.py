@@ -310,3 +310,25 @@ def test_more_elements_than_31_bits_count() -> None:
     ref.assert_bits(
         y[-tail:], torch.from_numpy(ref.dequantize8(expected, expected_absmax, code.numpy(), 64)).bfloat16()
     )
+
+
+@pytest.mark.slow
+def test_hundred_million_random_floats() -> None:
+    """Random bit patterns, so that a block spans all exponents, and by turns such that span a dozen octaves."""
+    generator = torch.Generator().manual_seed(1)
+    code, chunk = F.create_dynamic_map(), 1 << 22
+    for i in range(24):
+        bits = torch.randint(-(2**31), 2**31, (chunk,), dtype=torch.int32, generator=generator)
+        if i % 2:
+            bits = bits & 0x007FFFFF | (bits & -(2**31)) | (100 + i) << 23
+            bits = bits - (torch.randint(0, 12, (chunk,), dtype=torch.int32, generator=generator) << 23)
+        x = bits.view(torch.float32)
+        x = torch.where(x.isfinite(), x, 0.0)
+        blocksize = ref.BLOCKSIZES[i % len(ref.BLOCKSIZES)]
+        for quant_type in ("nf4", "fp4"):
+            packed, absmax = ops.quantize_4bit(x, blocksize, quant_type, torch.uint8)
+            expected, expected_absmax = ref.quantize4(ref.floats(x), quant_type, blocksize)
+            np.testing.assert_array_equal(packed[:, 0].numpy(), expected)
+            np.testing.assert_array_equal(absmax.numpy(), expected_absmax)
+        codes, _ = ops.quantize_blockwise(x, code, blocksize)
+        np.testing.assert_array_equal(codes.numpy(), ref.quantize8(ref.floats(x), code.numpy(), blocksize)[0])
