@@ -107,7 +107,7 @@ class AmxGemm {
         x_tile_(packed_tile_bytes(d)),
         x_tile_row_(groups_ * 2 * x_tile_),
         block_tiles_(block_tiles(d)),
-        scratch_(panel_bytes + sum_tiles(d) * tile_bytes + panel_tiles * tile * Decoder<Math>::row_floats(d) * 4),
+        scratch_(panel_bytes + sum_tiles(d) * tile_bytes + Decoder<Isa, Math>::scratch_floats(d, panel_tiles * tile) * 4),
         panel_(static_cast<char*>(scratch_.data())),
         sums_(panel_ + panel_bytes),
         absmax_(reinterpret_cast<float*>(sums_ + sum_tiles(d) * tile_bytes)) {}
@@ -150,10 +150,7 @@ class AmxGemm {
   template <Layout layout, int P, int Q>
   void columns_of(int64_t t, int64_t count, int64_t n) const {
     Row rows[P * tile];
-    for (int64_t i = 0; i < P * tile; ++i) {
-      decoder_.prefetch_absmax(n + i + P * tile);
-      rows[i] = decoder_.template row<layout>(smaller(n + i, d_.n - 1), absmax_ + i * Decoder<Math>::row_floats(d_));
-    }
+    decoder_.template rows<layout>(n, P * tile, absmax_, rows);
     const char* x = x_ + t * x_tile_row_;
     if constexpr (Q == 0)
       wide<layout, P>(rows, n, x, count);
@@ -288,7 +285,7 @@ class AmxGemm {
   }
 
   const Gemm4bit& d_;
-  Decoder<Math> decoder_;
+  Decoder<Isa, Math> decoder_;
   const char* x_;
   int64_t groups_;
   Layout layout_;

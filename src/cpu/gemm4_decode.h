@@ -40,7 +40,7 @@ struct Row {
 };
 
 // `Math` names the order and type of decoded weights: Element, Vec, lanes, Table, decode<split>, store, element.
-template <class Math>
+template <class Isa, class Math>
 class Decoder {
   static constexpr int vectors = kGroup / Math::lanes;
 
@@ -55,31 +55,36 @@ class Decoder {
         table_(Math::table(values_)),
         shift_(__builtin_ctzll(static_cast<uint64_t>(d.blocksize))) {}
 
-  // Floats of scratch that `row` may use.
-  static int64_t row_floats(const Gemm4bit& d) { return ceil_div(row_halves(d) + row_blocks(d), 16) * 16; }
-
-  template <Layout layout>
-  Row row(int64_t n, float* scratch) const {
-    const int64_t begin = n * d_.k, first = begin >> shift_, offset = begin & (d_.blocksize - 1);
-    const uint8_t* codes = d_.codes.data() + begin / 2;
-    const float* blocks = d_.absmax.is_nested() ? nullptr : d_.absmax.values.data() + first;
-    if (!blocks) {
-      float* to = scratch + row_halves(d_);
-      const int64_t end = d_.k == 0 ? first : ((begin + d_.k - 1) >> shift_) + 1;
-      nested(first, end, to);
-      blocks = to;
-    }
-    constexpr int64_t unit = layout == Layout::groups ? kGroup : kGroup / 2;
-    if (layout == Layout::anywhere || d_.blocksize == unit) return {codes, blocks};
-    for (int64_t i = 0; i * unit < d_.k; ++i) scratch[i] = blocks[(offset + i * unit) >> shift_];
-    return {codes, scratch};
+  // Floats of scratch that `count` rows take.
+  static int64_t scratch_floats(const Gemm4bit& d, int64_t count) {
+    const int64_t nested = d.absmax.is_nested() ? count * d.k / d.blocksize + 2 : 0;
+    return ceil_div(count * row_halves(d) + nested, 16) * 16;
   }
 
-  // Brings row n + ahead nearer, when row n is about to be read.
-  BNB_INLINE void prefetch_absmax(int64_t n) const {
-    if (d_.absmax.is_nested()) return;
-    const auto* p = reinterpret_cast<const char*>(d_.absmax.values.data() + (n * d_.k >> shift_));
-    for (int64_t i = 0; i < (d_.k >> shift_) * 4; i += 64) __builtin_prefetch(p + i, 0, 2);
+  // Rows [n, n + count); those beyond the last row of W repeat it. What the rows after them need of absmax is prefetched.
+  template <Layout layout>
+  void rows(int64_t n, int64_t count, float* scratch, Row* to) const {
+    const int64_t first = n * d_.k >> shift_;
+    const float* blocks = nullptr;
+    if (d_.absmax.is_nested()) {
+      float* decoded = scratch + count * row_halves(d_);
+      nested(first, d_.k == 0 ? first : ((smaller(n + count, d_.n) * d_.k - 1) >> shift_) + 1, decoded);
+      blocks = decoded;
+    } else {
+      blocks = d_.absmax.values.data() + first;
+      const auto* next = reinterpret_cast<const char*>(blocks + (count * d_.k >> shift_));
+      for (int64_t i = 0; i < (count * d_.k >> shift_) * 4; i += 64) __builtin_prefetch(next + i, 0, 2);
+    }
+    for (int64_t i = 0; i < count; ++i, scratch += row_halves(d_)) {
+      const int64_t begin = smaller(n + i, d_.n - 1) * d_.k, offset = begin & (d_.blocksize - 1);
+      const float* own = blocks + ((begin >> shift_) - first);
+      constexpr int64_t unit = layout == Layout::groups ? kGroup : kGroup / 2;
+      if (layout != Layout::anywhere && d_.blocksize != unit) {
+        for (int64_t j = 0; j * unit < d_.k; ++j) scratch[j] = own[(offset + j * unit) >> shift_];
+        own = scratch;
+      }
+      to[i] = {d_.codes.data() + begin / 2, own};
+    }
   }
 
   // To be kept in a local variable, that is in registers, around a loop.
@@ -127,7 +132,6 @@ class Decoder {
 
  private:
   static int64_t row_halves(const Gemm4bit& d) { return ceil_div(d.k, kGroup) * 2; }
-  static int64_t row_blocks(const Gemm4bit& d) { return d.absmax.is_nested() ? d.k / d.blocksize + 2 : 0; }
 
   // to[b - begin] = fl(code[codes[b]] * nested) + offset
   void nested(int64_t begin, int64_t end, float* to) const {
@@ -138,7 +142,9 @@ class Decoder {
     while (begin < end) {
       const int64_t stop = smaller(end, ((begin >> shift) + 1) << shift), count = stop - begin;
       const float absmax = scale[begin >> shift];
-      for (int64_t i = 0; i < count; ++i) {
+      int64_t i = 0;
+      for (; i + Isa::lanes <= count; i += Isa::lanes) Isa::store(to + i, Gemm4Ops<Isa>::nested(code, codes + begin + i, absmax, offset));
+      for (; i < count; ++i) {
         const float scaled = code[codes[begin + i]] * absmax;
         to[i] = scaled + offset;
       }

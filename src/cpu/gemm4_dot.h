@@ -104,7 +104,7 @@ class DotGemm {
         scratch_(scratch_bytes(d)),
         sums_(static_cast<float*>(scratch_.data())),
         absmax_(sums_ + block_rows_ * columns_at_once),
-        panel_(reinterpret_cast<Element*>(absmax_ + columns_at_once * Decoder<Math>::row_floats(d))) {}
+        panel_(reinterpret_cast<Element*>(absmax_ + Decoder<Isa, Math>::scratch_floats(d, columns_at_once))) {}
 
   // Rows of a that stay in L2.
   static int64_t block_rows(const Gemm4bit& d) {
@@ -112,7 +112,8 @@ class DotGemm {
     return smaller(ceil_div(d.m, 16) * 16, (fit < 2 ? 2 : fit) * Tile::tile_rows + 15) / 16 * 16;
   }
   static int64_t scratch_bytes(const Gemm4bit& d) {
-    return columns_at_once * ((block_rows(d) + Decoder<Math>::row_floats(d)) * 4 + panel_stride * int64_t{sizeof(Element)});
+    return (block_rows(d) * columns_at_once + Decoder<Isa, Math>::scratch_floats(d, columns_at_once)) * 4 +
+           columns_at_once * panel_stride * int64_t{sizeof(Element)};
   }
 
   void run(Range columns) {
@@ -128,8 +129,7 @@ class DotGemm {
   template <Layout layout>
   void columns_of(int64_t m, int64_t count, int64_t n) {
     Row rows[columns_at_once];
-    for (int j = 0; j < columns_at_once; ++j)
-      rows[j] = decoder_.template row<layout>(smaller(n + j, d_.n - 1), absmax_ + j * Decoder<Math>::row_floats(d_));
+    decoder_.template rows<layout>(n, columns_at_once, absmax_, rows);
     int64_t g = 0;
     do {
       const int64_t end = smaller(g + chunk_groups, groups_);
@@ -222,7 +222,7 @@ class DotGemm {
       for (int j = 0; j < columns_at_once; ++j) {
         Vec w[vectors];
         __builtin_prefetch(rows[j].codes + g * (kGroup / 2) + ahead);
-        Decoder<Math>::template group<layout>(table, rows[j], g, w);
+        Decoder<Isa, Math>::template group<layout>(table, rows[j], g, w);
         add(g, j, w);
       }
     }
@@ -243,7 +243,7 @@ class DotGemm {
   }
 
   const Gemm4bit& d_;
-  Decoder<Math> decoder_;
+  Decoder<Isa, Math> decoder_;
   const Element* x_;
   int64_t stride_, groups_;
   Layout layout_;

@@ -23,6 +23,7 @@ constexpr int position(int e) {
 //   decode<T, split>     64 weights value * absmax, rounded to T; `split`: the second half of the group has an absmax of its own
 //   permute              64 activations as fp32
 //   add_lanes            to[i] (+)= sum of the lanes of vector i
+//   nested               one vector of fl(code[codes[i]] * scale) + offset
 template <class Isa, int lanes = Isa::lanes>
 struct Gemm4Ops;
 
@@ -46,6 +47,10 @@ struct Gemm4Ops<Isa, 1> {
   BNB_INLINE static void add_lanes(float a, float b, float c, float d, bool first, float* to) {
     const float sums[] = {a, b, c, d};
     for (int i = 0; i < 4; ++i) to[i] = first ? sums[i] : to[i] + sums[i];
+  }
+  BNB_INLINE static float nested(const float* code, const uint8_t* codes, float scale, float offset) {
+    const float scaled = code[*codes] * scale;
+    return scaled + offset;
   }
   BNB_INLINE static float mul_add(float a, float b, float c) { return a * b + c; }
 };
@@ -101,6 +106,10 @@ struct Gemm4Ops<Isa, 8> {
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     _mm_storeu_ps(to, first ? sums : _mm_add_ps(_mm_loadu_ps(to), sums));
   }
+  BNB_INLINE static __m256 nested(const float* code, const uint8_t* codes, float scale, float offset) {
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    return _mm256_add_ps(_mm256_mul_ps(_mm256_i32gather_ps(code, index, 4), _mm256_set1_ps(scale)), _mm256_set1_ps(offset));
+  }
   BNB_INLINE static __m256 mul_add(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 };
 #endif
@@ -155,6 +164,10 @@ struct Gemm4Ops<Isa, 16> {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quarter), _mm512_extractf32x8_ps(quarter, 1));
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     _mm_storeu_ps(to, first ? sums : _mm_add_ps(_mm_loadu_ps(to), sums));
+  }
+  BNB_INLINE static __m512 nested(const float* code, const uint8_t* codes, float scale, float offset) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm512_add_ps(_mm512_mul_ps(_mm512_i32gather_ps(index, code, 4), _mm512_set1_ps(scale)), _mm512_set1_ps(offset));
   }
   BNB_INLINE static __m512 mul_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 };
