@@ -63,7 +63,7 @@ template <class D> void check(const char* op, void (*run)(const D&), D (Buffers:
     EXPECT_FALSE(buffers.untouched()) << op;
   }
   for (const auto& c : cases) {
-    SCOPED_TRACE(std::string(op) + ", " + c.argument + ": " + c.what);
+    SCOPED_TRACE(::testing::Message() << op << ", " << c.argument << ": " << c.what);
     Buffers buffers;
     D d = (buffers.*valid)();
     c.spoil(d);

@@ -52,7 +52,7 @@ TEST(Golden, Quantize4bit) {
     SCOPED_TRACE(joined(w));
     with_type(w[1], [&]<class T>(T) {
       const int64_t n = std::stoll(w[4]), blocksize = std::stoll(w[5]);
-      if (quick() && n > 1 << 20) return;
+      if (quick() && n > 1 << 18) return;
       const auto seed = std::stoull(w[3]);
       const auto x = w[2] == "patterns" ? patterns<T>(seed) : waves<T>(seed, n);
       ASSERT_EQ(static_cast<int64_t>(x.size()), n);
@@ -71,6 +71,7 @@ TEST(Golden, Dequantize4bit) {
     with_type(w[1], [&]<class T>(T) {
       const auto seed = std::stoull(w[2]);
       const int64_t n = std::stoll(w[3]), blocksize = std::stoll(w[4]);
+      if (quick() && n > 1 << 18) return;
       const auto codes = random_bytes(seed, packed_size(n));
       const auto absmax = random_absmax(seed + 1, blocks_of(n, blocksize));
       for_each_isa([&] { EXPECT_EQ(digest(run_dequantize_4bit<T>(format_of(w[0]), codes, absmax, n, blocksize)), hash_of(w[5])); });
