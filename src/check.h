@@ -16,8 +16,7 @@ class Checker {
  public:
   explicit Checker(std::string_view op) : op_(op) {}
 
-  template <class T>
-  [[noreturn]] void fail(std::string_view argument, const T& given, std::string_view allowed) const {
+  template <class T> [[noreturn]] void fail(std::string_view argument, const T& given, std::string_view allowed) const {
     std::string text(op_);
     text.append(": ").append(argument).append(" is ");
     if constexpr (std::is_arithmetic_v<T>)
@@ -27,9 +26,9 @@ class Checker {
     throw Error(Errc::invalid_argument, text.append(", expected ").append(allowed));
   }
 
-  template <class T>
-  void that(bool ok, std::string_view argument, const T& given, std::string_view allowed) const {
-    if (!ok) [[unlikely]] fail(argument, given, allowed);
+  template <class T> void that(bool ok, std::string_view argument, const T& given, std::string_view allowed) const {
+    if (!ok) [[unlikely]]
+      fail(argument, given, allowed);
   }
 
   void equal(std::string_view argument, int64_t given, int64_t expected, std::string_view meaning) const {
@@ -38,8 +37,7 @@ class Checker {
   }
 
   // A buffer of at least `needed` elements, not null unless nothing is needed.
-  template <class T>
-  void size(std::string_view argument, std::span<T> given, int64_t needed) const {
+  template <class T> void size(std::string_view argument, std::span<T> given, int64_t needed) const {
     if (static_cast<int64_t>(given.size()) < needed || (needed > 0 && given.data() == nullptr)) [[unlikely]]
       fail(argument, std::to_string(given.data() ? given.size() : 0) + " elements", "at least " + std::to_string(needed));
   }
@@ -57,7 +55,9 @@ class Checker {
     return result;
   }
 
-  void type(QuantType given) const { that(given == QuantType::nf4 || given == QuantType::fp4, "type", static_cast<int>(given), "nf4 or fp4"); }
+  void type(QuantType given) const {
+    that(given == QuantType::nf4 || given == QuantType::fp4, "type", static_cast<int>(given), "nf4 or fp4");
+  }
 
   void blocksize(int64_t given, std::string_view argument = "blocksize") const {
     that(given >= kMinBlocksize && given <= kMaxBlocksize && (given & (given - 1)) == 0, argument, given, "a power of two from 32 to 4096");

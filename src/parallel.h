@@ -10,9 +10,9 @@ namespace bnb {
 
 ParallelFor current_parallel_for();
 
-// f(begin, end) over [0, count) in ranges of at least `grain`. Runs inline when one range would do. The first exception of a body is rethrown.
-template <class F>
-void parallel_for(int64_t count, int64_t grain, F&& f) {
+// f(begin, end) over [0, count) in ranges of at least `grain`. Runs inline when one range would do. The first exception of a body is
+// rethrown.
+template <class F> void parallel_for(int64_t count, int64_t grain, F&& f) {
   if (count <= 0) return;
   if (count <= grain) {
     f(int64_t{0}, count);

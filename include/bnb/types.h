@@ -51,8 +51,7 @@ struct View {
 
   View() = default;
   View(void* p, DType t, int64_t n) : data(p), dtype(t), size(n) {}
-  template <class T>
-  View(std::span<T> s) : data(s.data()), dtype(dtype_of<T>), size(static_cast<int64_t>(s.size())) {}
+  template <class T> View(std::span<T> s) : data(s.data()), dtype(dtype_of<T>), size(static_cast<int64_t>(s.size())) {}
   operator ConstView() const { return {data, dtype, size}; }
 };
 

@@ -39,32 +39,28 @@ class Str {
   std::string_view view_;
 };
 
-template <class T, class... Ts>
-inline constexpr bool is_one_of = (std::is_same_v<T, Ts> || ...);
+template <class T, class... Ts> inline constexpr bool is_one_of = (std::is_same_v<T, Ts> || ...);
 
-template <class T>
-T unbox(StableIValue value) {
-  static_assert(is_one_of<T, int64_t, double, bool, ScalarType, Tensor, Str, std::optional<Tensor>, std::vector<int64_t>, std::vector<double>>,
-                "a type that a boxed kernel can take");
+template <class T> T unbox(StableIValue value) {
+  static_assert(
+      is_one_of<T, int64_t, double, bool, ScalarType, Tensor, Str, std::optional<Tensor>, std::vector<int64_t>, std::vector<double>>,
+      "a type that a boxed kernel can take");
   if constexpr (std::is_same_v<T, Str>)
     return Str(torch::stable::detail::to<StringHandle>(value));
   else
     return torch::stable::detail::to<T>(value);
 }
 
-template <class... Rs>
-void box_result(StableIValue* stack, std::tuple<Rs...>&& result) {
+template <class... Rs> void box_result(StableIValue* stack, std::tuple<Rs...>&& result) {
   [&]<size_t... I>(std::index_sequence<I...>) {
     ((stack[I] = torch::stable::detail::from(std::get<I>(result))), ...);
   }(std::index_sequence_for<Rs...>{});
 }
 inline void box_result(StableIValue* stack, Tensor&& result) { stack[0] = torch::stable::detail::from(result); }
 
-template <auto F>
-struct Boxed;
+template <auto F> struct Boxed;
 
-template <class R, class... Ps, R (*F)(Ps...)>
-struct Boxed<F> {
+template <class R, class... Ps, R (*F)(Ps...)> struct Boxed<F> {
   static void call(StableIValue* stack, uint64_t arguments, uint64_t) {
     STD_TORCH_CHECK(arguments == sizeof...(Ps), "the schema has ", arguments, " arguments, its kernel ", sizeof...(Ps));
     // Braces unbox in order, so that everything taken so far is released if a later one throws.

@@ -47,17 +47,12 @@ template <class T> BNB_INLINE constexpr T rounded(float x) {
   return to;
 }
 
-
 // One element at an address that need not be aligned.
-template <class T>
-BNB_INLINE float read(const T* from) {
+template <class T> BNB_INLINE float read(const T* from) {
   T x{};
   __builtin_memcpy(&x, from, sizeof(T));
   return to_float(x);
 }
-template <class T>
-BNB_INLINE void write(T* to, T x) {
-  __builtin_memcpy(to, &x, sizeof(T));
-}
+template <class T> BNB_INLINE void write(T* to, T x) { __builtin_memcpy(to, &x, sizeof(T)); }
 
 }  // namespace bnb

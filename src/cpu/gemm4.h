@@ -7,13 +7,10 @@
 namespace bnb::cpu {
 namespace {
 
-template <class Isa>
-inline constexpr bool has_bf16_dot = Isa::name == "avx512bf16";
-template <class Isa>
-inline constexpr bool has_tiles = Isa::name == "amx";
+template <class Isa> inline constexpr bool has_bf16_dot = Isa::name == "avx512bf16";
+template <class Isa> inline constexpr bool has_tiles = Isa::name == "amx";
 
-template <class Isa, class T>
-struct ProductOf {
+template <class Isa, class T> struct ProductOf {
   using type = DotGemm<Isa, T, FmaMath<Isa, T>>;
 };
 #if defined(__AVX512BF16__)
@@ -31,10 +28,8 @@ struct ProductOf<Isa, BFloat16> {
 };
 #endif
 
-template <class Isa>
-class Gemm {
-  template <class T>
-  using Product = typename ProductOf<Isa, T>::type;
+template <class Isa> class Gemm {
+  template <class T> using Product = typename ProductOf<Isa, T>::type;
 
  public:
   static constexpr int64_t column_step = 16;

@@ -1,8 +1,8 @@
 // The 4-bit product in bf16 on AMX tiles.
 //
-// W is the first operand: a tile is 16 rows of W x 32 k, so that decoded rows need no transposition. a is the second one: k-pairs x up to 16
-// rows of a, packed once a call in the order of k in which groups of W are decoded. A tile of sums is 16 columns of y x 16 rows of y, and is
-// transposed on its way out. Sums run over k one pair after the other in fp32, whatever the tiling: a row of y does not depend on m.
+// W is the first operand: a tile is 16 rows of W x 32 k, so that decoded rows need no transposition. a is the second one: k-pairs x up to
+// 16 rows of a, packed once a call in the order of k in which groups of W are decoded. A tile of sums is 16 columns of y x 16 rows of y,
+// and is transposed on its way out. Sums run over k one pair after the other in fp32, whatever the tiling: a row of y does not depend on m.
 // tdpbf16ps takes subnormals for zero, in its operands and its sums.
 #pragma once
 
@@ -37,16 +37,15 @@ BNB_INLINE void transpose(__m512i (&x)[16]) {
   for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
-template <class Isa>
-class AmxGemm {
+template <class Isa> class AmxGemm {
   using Math = Bf16Math<Isa>;
   static constexpr int64_t tile = 16, tile_bytes = 1024;
   static constexpr int64_t row_bytes = 128, group_bytes = tile * row_bytes;  // of a decoded group of 1 and of 16 rows of W
-  static constexpr int64_t panel_tiles = 4;                // times 16 rows of W at once, for up to 16 rows of a; half of that for more
-  static constexpr int64_t chunk = 4;                      // groups of k that are decoded at once, for more than 32 rows of a
+  static constexpr int64_t panel_tiles = 4;  // times 16 rows of W at once, for up to 16 rows of a; half of that for more
+  static constexpr int64_t chunk = 4;        // groups of k that are decoded at once, for more than 32 rows of a
   static constexpr int64_t panel_bytes = 2 * panel_tiles * group_bytes;
   static_assert(2 * chunk * group_bytes <= panel_bytes);
-  static constexpr int64_t block_bytes = 5 << 18;          // of packed a that stay in L2
+  static constexpr int64_t block_bytes = 5 << 18;  // of packed a that stay in L2
 
   static int64_t groups(const Gemm4bit& d) { return ceil_div(d.k, kGroup); }
   // Rows of a in a tile. Up to 16 they are packed without gaps; more come in tiles of 16, the last one filled with zeros.
@@ -147,8 +146,7 @@ class AmxGemm {
   }
 
   // 16 P columns of y from n on; Q tiles of rows (0: `count`) from tile t on.
-  template <Layout layout, int P, int Q>
-  void columns_of(int64_t t, int64_t count, int64_t n) const {
+  template <Layout layout, int P, int Q> void columns_of(int64_t t, int64_t count, int64_t n) const {
     Row rows[P * tile];
     decoder_.template rows<layout>(n, P * tile, absmax_, rows);
     const char* x = x_ + t * x_tile_row_;
@@ -161,8 +159,7 @@ class AmxGemm {
   }
 
   // Up to 2 tiles of rows of a: sums stay in registers; group g is decoded while group g - 1 is multiplied, some rows a step.
-  template <Layout layout, int P, int Q>
-  void narrow(const Row* rows, int64_t n, const char* x) const {
+  template <Layout layout, int P, int Q> void narrow(const Row* rows, int64_t n, const char* x) const {
     using S = Sums<P, Q>;
     constexpr int rows_a_step = 16 * P / S::steps;
     const auto table = decoder_.table();  // this and the rest in registers: every tile load clobbers memory
@@ -186,8 +183,7 @@ class AmxGemm {
     S::store(sums_);
   }
 
-  template <Layout layout, int P>
-  void wide(const Row* rows, int64_t n, const char* x, int64_t count) const {
+  template <Layout layout, int P> void wide(const Row* rows, int64_t n, const char* x, int64_t count) const {
     constexpr int64_t stride = chunk * group_bytes;
     const auto table = decoder_.table();
     for (int64_t g = 0; g < groups_; g += chunk) {
@@ -214,14 +210,11 @@ class AmxGemm {
   }
 
   // P x Q tiles of sums, tile p + P q: 4 x 1, or up to 2 x 2. A group of k is added in steps of one tile_dot each.
-  template <int P, int Q>
-  struct Sums {
+  template <int P, int Q> struct Sums {
     static constexpr int count = P * Q, steps = 2 * count;
-    template <class F>
-    BNB_INLINE static void each_step(F&& f) {
-      [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-        (f(std::integral_constant<int, i>{}), ...);
-      }(std::make_integer_sequence<int, steps>{});
+    template <class F> BNB_INLINE static void each_step(F&& f) {
+      [&]<int... i>(std::integer_sequence<int, i...>)
+          __attribute__((always_inline)) { (f(std::integral_constant<int, i>{}), ...); }(std::make_integer_sequence<int, steps>{});
     }
     BNB_INLINE static void zero() {
       each_tile([](auto t) { tile_zero<t()>(); });
@@ -233,8 +226,7 @@ class AmxGemm {
       each_tile([&](auto t) { tile_store<t()>(sums + t * tile_bytes, 64); });
     }
     // a: weights, tiles a_tile bytes apart along n; b: activations, tiles b_tile bytes apart along k and b_row along m.
-    template <int i>
-    BNB_INLINE static void step(const char* a, int64_t a_tile, const char* b, int64_t b_tile, int64_t b_row) {
+    template <int i> BNB_INLINE static void step(const char* a, int64_t a_tile, const char* b, int64_t b_tile, int64_t b_row) {
       constexpr int half = i / count, p = i % count % P, q = i % count / P;
       if constexpr (p == 0) tile_load<6 + q>(b + half * b_tile + q * b_row, b_tile / 16);
       if constexpr (q == 0) tile_load<4 + p % 2>(a + half * 64 + p * a_tile, row_bytes);
@@ -242,13 +234,13 @@ class AmxGemm {
     }
 
    private:
-    template <class F>
-    BNB_INLINE static void each_tile(F&& f) {
-      [&]<int... t>(std::integer_sequence<int, t...>) { (f(std::integral_constant<int, t>{}), ...); }(std::make_integer_sequence<int, count>{});
+    template <class F> BNB_INLINE static void each_tile(F&& f) {
+      [&]<int... t>(std::integer_sequence<int, t...>) {
+        (f(std::integral_constant<int, t>{}), ...);
+      }(std::make_integer_sequence<int, count>{});
     }
   };
-  template <int P, int Q>
-  [[gnu::noinline]] void multiply(int64_t groups, int64_t a_tile, const char* b, char* sums, bool first) const {
+  template <int P, int Q> [[gnu::noinline]] void multiply(int64_t groups, int64_t a_tile, const char* b, char* sums, bool first) const {
     using S = Sums<P, Q>;
     if (first)
       S::zero();

@@ -25,8 +25,7 @@ BNB_INLINE Layout layout_of(const Gemm4bit& d) {
 }
 
 // f(constant) for each layout.
-template <class F>
-BNB_INLINE void with(Layout layout, F&& f) {
+template <class F> BNB_INLINE void with(Layout layout, F&& f) {
   using enum Layout;
   if (layout == groups) return f(std::integral_constant<Layout, groups>{});
   if (layout == halves) return f(std::integral_constant<Layout, halves>{});
@@ -40,8 +39,7 @@ struct Row {
 };
 
 // `Math` names the order and type of decoded weights: Element, Vec, lanes, Table, decode<split>, store, element.
-template <class Isa, class Math>
-class Decoder {
+template <class Isa, class Math> class Decoder {
   static constexpr int vectors = kGroup / Math::lanes;
 
  public:
@@ -62,8 +60,7 @@ class Decoder {
   }
 
   // Rows [n, n + count); those beyond the last row of W repeat it. What the rows after them need of absmax is prefetched.
-  template <Layout layout>
-  void rows(int64_t n, int64_t count, float* scratch, Row* to) const {
+  template <Layout layout> void rows(int64_t n, int64_t count, float* scratch, Row* to) const {
     const int64_t first = n * d_.k >> shift_;
     const float* blocks = nullptr;
     if (d_.absmax.is_nested()) {
@@ -91,8 +88,7 @@ class Decoder {
   const Table& table() const { return table_; }
 
   // Group g of a row, in registers. Not for Layout::anywhere.
-  template <Layout layout>
-  BNB_INLINE static void group(const Table& table, const Row& r, int64_t g, Vec (&w)[vectors]) {
+  template <Layout layout> BNB_INLINE static void group(const Table& table, const Row& r, int64_t g, Vec (&w)[vectors]) {
     const uint8_t* codes = r.codes + g * (kGroup / 2);
     if constexpr (layout == Layout::groups)
       Math::template decode<false>(table, codes, r.absmax[g], 0, w);
@@ -109,8 +105,8 @@ class Decoder {
   // Group g of `count` rows from row n on to memory: rows row_stride, vectors of a group vector_stride elements apart.
   // Zeros follow the last element of a row. `ahead` bytes further on, codes are prefetched.
   template <Layout layout, int count>
-  BNB_INLINE void group_of_rows(const Table& table, const Row* rows, int64_t n, int64_t g, Element* to, int64_t row_stride, int64_t vector_stride,
-                                int64_t ahead) const {
+  BNB_INLINE void group_of_rows(const Table& table, const Row* rows, int64_t n, int64_t g, Element* to, int64_t row_stride,
+                                int64_t vector_stride, int64_t ahead) const {
     if constexpr (layout == Layout::anywhere) {
       for (int r = 0; r < count; ++r) elements(rows[r], smaller(n + r, d_.n - 1), g, to + r * row_stride, vector_stride);
     } else if (layout == Layout::halves && g * kGroup + kGroup > d_.k) {

@@ -12,8 +12,7 @@ namespace bnb::cpu {
 namespace {
 
 // w and x in fp32; w rounded to T, as dequantize_4bit gives it.
-template <class Isa, class T>
-struct FmaMath {
+template <class Isa, class T> struct FmaMath {
   using Ops = Gemm4Ops<Isa>;
   using Element = float;
   using Vec = typename Isa::F32;
@@ -33,8 +32,7 @@ struct FmaMath {
 };
 
 #if defined(__AVX512BF16__)
-template <class Isa>
-struct Bf16Math {
+template <class Isa> struct Bf16Math {
   using Ops = Bf16Ops;
   using Element = uint16_t;
   using Vec = __m512i;
@@ -43,8 +41,7 @@ struct Bf16Math {
   static constexpr int lanes = 32;
   static constexpr int64_t chunk = 2048;
   BNB_INLINE static Table table(const float* values) { return Ops::table(values); }
-  template <bool split>
-  BNB_INLINE static void decode(const Table& t, const uint8_t* codes, float first, float second, Vec (&w)[2]) {
+  template <bool split> BNB_INLINE static void decode(const Table& t, const uint8_t* codes, float first, float second, Vec (&w)[2]) {
     Ops::decode<split>(t, codes, first, second, w);
   }
   BNB_INLINE static void permute(const BFloat16* x, Element* to) {
@@ -58,8 +55,7 @@ struct Bf16Math {
 };
 #endif
 
-template <class Isa, class T, class Math>
-class DotGemm {
+template <class Isa, class T, class Math> class DotGemm {
   using Element = typename Math::Element;
   using Vec = typename Math::Vec;
   using Sum = typename Math::Sum;
@@ -126,8 +122,7 @@ class DotGemm {
   }
 
   // Four columns of y (the last ones may lie beyond n: they repeat the last) of `count` rows.
-  template <Layout layout>
-  void columns_of(int64_t m, int64_t count, int64_t n) {
+  template <Layout layout> void columns_of(int64_t m, int64_t count, int64_t n) {
     Row rows[columns_at_once];
     decoder_.template rows<layout>(n, columns_at_once, absmax_, rows);
     int64_t g = 0;
@@ -169,8 +164,7 @@ class DotGemm {
   }
 
   // Rows [m, m + count) in near-equal tiles of at most `most` rows: f(first row, constant number of rows).
-  template <int most, class F>
-  BNB_INLINE static void tiles_of(int64_t m, int64_t count, F&& f) {
+  template <int most, class F> BNB_INLINE static void tiles_of(int64_t m, int64_t count, F&& f) {
     for (int64_t left = ceil_div(count, most), end = m + count; left > 0; --left) {
       const int64_t height = ceil_div(end - m, left);
       [&]<int... i>(std::integer_sequence<int, i...>) {
@@ -181,8 +175,7 @@ class DotGemm {
   }
 
   // sums[i][j] (+)= a[m + i] . panel[j] over the groups [begin, end); the first chunk sets.
-  template <int height>
-  [[gnu::noinline]] void tile(int64_t m, int64_t begin, int64_t end, float* sums) const {
+  template <int height> [[gnu::noinline]] void tile(int64_t m, int64_t begin, int64_t end, float* sums) const {
     const Element *x = x_ + m * stride_ + begin * kGroup, *w = panel_;
     Sum c[height][columns_at_once];
     for (auto& row : c)
@@ -236,8 +229,7 @@ class DotGemm {
     finish<height>(c, begin == 0, sums);
   }
 
-  template <int height>
-  BNB_INLINE static void finish(const Sum (&c)[height][columns_at_once], bool first, float* sums) {
+  template <int height> BNB_INLINE static void finish(const Sum (&c)[height][columns_at_once], bool first, float* sums) {
 #pragma GCC unroll 8
     for (int i = 0; i < height; ++i) Tile::add_lanes(c[i][0], c[i][1], c[i][2], c[i][3], first, sums + i * columns_at_once);
   }

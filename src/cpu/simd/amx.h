@@ -11,30 +11,23 @@
 namespace bnb::cpu {
 namespace {
 
-template <int t>
-BNB_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(t));
-}
+template <int t> BNB_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(t)); }
 // 16 rows of the configured length, `stride` bytes apart.
-template <int t>
-BNB_INLINE void tile_load(const void* p, int64_t stride) {
+template <int t> BNB_INLINE void tile_load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(t), "r"(p), "r"(stride) : "memory");
 }
-template <int t>
-BNB_INLINE void tile_store(void* p, int64_t stride) {
+template <int t> BNB_INLINE void tile_store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(t), "r"(p), "r"(stride) : "memory");
 }
 // c[i][j] += a[i][k] * b[k / 2][2 j + k % 2] over the bf16 elements of a row of a.
-template <int c, int a, int b>
-BNB_INLINE void tile_dot() {
+template <int c, int a, int b> BNB_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
 }
 
 // While it lives, this thread's 8 tiles have 16 rows: of 64 bytes the operands a, of 4 * `width` bytes the others.
 class Tiles {
  public:
-  template <int... a>
-  Tiles(std::integer_sequence<int, a...>, int64_t width) {
+  template <int... a> Tiles(std::integer_sequence<int, a...>, int64_t width) {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};

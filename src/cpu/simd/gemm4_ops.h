@@ -12,8 +12,7 @@ namespace {
 inline constexpr int kGroup = 64;
 
 // Where element e of a group goes: the high nibble, at shift 4, is the even element.
-template <int lanes>
-constexpr int position(int e) {
+template <int lanes> constexpr int position(int e) {
   constexpr int per_lane = kGroup / lanes;
   return ((e % per_lane) ^ 1) * lanes + e / per_lane;
 }
@@ -24,11 +23,9 @@ constexpr int position(int e) {
 //   permute              64 activations as fp32
 //   add_lanes            to[i] (+)= sum of the lanes of vector i
 //   nested               one vector of fl(code[codes[i]] * scale) + offset
-template <class Isa, int lanes = Isa::lanes>
-struct Gemm4Ops;
+template <class Isa, int lanes = Isa::lanes> struct Gemm4Ops;
 
-template <class Isa>
-struct Gemm4Ops<Isa, 1> {
+template <class Isa> struct Gemm4Ops<Isa, 1> {
   static constexpr int tile_rows = 2;
   using Table = const float*;
   BNB_INLINE static Table table(const float* values) { return values; }
@@ -40,8 +37,7 @@ struct Gemm4Ops<Isa, 1> {
       w[position<1>(e)] = to_float(rounded<T>(values[codes[e / 2] >> (e % 2 ? 0 : 4) & 15] * absmax));
     }
   }
-  template <class T>
-  BNB_INLINE static void permute(const T* x, float* to) {
+  template <class T> BNB_INLINE static void permute(const T* x, float* to) {
     for (int e = 0; e < kGroup; ++e) to[position<1>(e)] = Isa::load(x + e);
   }
   BNB_INLINE static void add_lanes(float a, float b, float c, float d, bool first, float* to) {
@@ -56,24 +52,21 @@ struct Gemm4Ops<Isa, 1> {
 };
 
 #if defined(__AVX2__)
-template <class Isa>
-struct Gemm4Ops<Isa, 8> {
+template <class Isa> struct Gemm4Ops<Isa, 8> {
   static constexpr int tile_rows = 3;
   struct Table {
     __m256 low, high;
   };
   BNB_INLINE static Table table(const float* values) { return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}; }
 
-  template <class T>
-  BNB_INLINE static __m256 scaled(__m256 values, float absmax) {
+  template <class T> BNB_INLINE static __m256 scaled(__m256 values, float absmax) {
     const __m256 w = _mm256_mul_ps(values, _mm256_set1_ps(absmax));
     if constexpr (dtype_of<T> == DType::f16) return _mm256_cvtph_ps(_mm256_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT));
     if constexpr (dtype_of<T> == DType::bf16) return _mm256_castsi256_ps(_mm256_slli_epi32(Isa::round_bf16(w), 16));
     return w;
   }
   // vpermps looks at the low 3 bits of an index; bit 3, shifted into the sign, picks the half of the table.
-  template <int i>
-  BNB_INLINE static __m256 lookup(Table t, __m256i codes) {
+  template <int i> BNB_INLINE static __m256 lookup(Table t, __m256i codes) {
     const __m256i index = _mm256_srli_epi32(codes, 4 * i);
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index),
                             _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28 - 4 * i)));
@@ -94,8 +87,7 @@ struct Gemm4Ops<Isa, 8> {
     w[0] = lookup<0>(t, v), w[1] = lookup<1>(t, v), w[2] = lookup<2>(t, v), w[3] = lookup<3>(t, v);
     w[4] = lookup<4>(t, v), w[5] = lookup<5>(t, v), w[6] = lookup<6>(t, v), w[7] = lookup<7>(t, v);
   }
-  template <class T>
-  BNB_INLINE static void permute(const T* x, float* to) {
+  template <class T> BNB_INLINE static void permute(const T* x, float* to) {
     float plain[kGroup];
     for (int e = 0; e < kGroup; e += 8) _mm256_storeu_ps(plain + e, Isa::load(x + e));
     const __m256i step = _mm256_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56);
@@ -115,14 +107,12 @@ struct Gemm4Ops<Isa, 8> {
 #endif
 
 #if defined(__AVX512F__)
-template <class Isa>
-struct Gemm4Ops<Isa, 16> {
+template <class Isa> struct Gemm4Ops<Isa, 16> {
   static constexpr int tile_rows = 6;
   using Table = __m512;
   BNB_INLINE static Table table(const float* values) { return _mm512_loadu_ps(values); }
 
-  template <class T>
-  BNB_INLINE static __m512 scaled(__m512 values, float absmax) {
+  template <class T> BNB_INLINE static __m512 scaled(__m512 values, float absmax) {
     const __m512 w = _mm512_mul_ps(values, _mm512_set1_ps(absmax));
     if constexpr (dtype_of<T> == DType::f16) return _mm512_cvtph_ps(_mm512_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT));
     if constexpr (dtype_of<T> == DType::bf16) {
@@ -146,12 +136,12 @@ struct Gemm4Ops<Isa, 16> {
       for (int i = 0; i < 4; ++i) w[i] = _mm512_permutexvar_ps(index[i], a);  // looks at the low 4 bits
     }
   }
-  template <class T>
-  BNB_INLINE static void permute(const T* x, float* to) {
+  template <class T> BNB_INLINE static void permute(const T* x, float* to) {
     const __m512 a = Isa::load(x), b = Isa::load(x + 16), c = Isa::load(x + 32), d = Isa::load(x + 48);
     for (int i = 0; i < 4; ++i) {
       const int s = i ^ 1;
-      const __m512i step = _mm512_add_epi32(_mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28), _mm512_set1_epi32(s));
+      const __m512i step =
+          _mm512_add_epi32(_mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28), _mm512_set1_epi32(s));
       const __m512 low = _mm512_permutex2var_ps(a, step, b), high = _mm512_permutex2var_ps(c, step, d);
       _mm512_storeu_ps(to + 16 * i, _mm512_mask_mov_ps(low, 0xff00, high));
     }
@@ -180,8 +170,7 @@ struct Bf16Ops {
   using Table = __m512;
   BNB_INLINE static Table table(const float* values) { return _mm512_loadu_ps(values); }
 
-  template <bool split>
-  BNB_INLINE static void decode(Table values, const uint8_t* codes, float first, float second, __m512i (&w)[2]) {
+  template <bool split> BNB_INLINE static void decode(Table values, const uint8_t* codes, float first, float second, __m512i (&w)[2]) {
     __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
     __m512i high = _mm512_srli_epi16(v, 4);
     const __m512 a = _mm512_mul_ps(values, _mm512_set1_ps(first));
@@ -198,8 +187,8 @@ struct Bf16Ops {
   }
   BNB_INLINE static void permute(const BFloat16* x, __m512i (&to)[2]) {
     const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(x + 32);
-    const __m512i lanes32 = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-                                                                  22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
+    const __m512i lanes32 = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+                                                                  21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
     const __m512i even = _mm512_slli_epi16(lanes32, 1);
     to[0] = _mm512_permutex2var_epi16(a, _mm512_or_si512(even, _mm512_set1_epi16(1)), b);
     to[1] = _mm512_permutex2var_epi16(a, even, b);
