@@ -129,7 +129,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"# {ours} against {reference}",
         f"{machine['date']}, commit {machine['commit']}{', quick' if result['quick'] else ''}. "
         "Best of many calls, the two taking turns case by case. "
-        f'Ratio = time of {reference} / time of {ours}; "1 thread" is the same ratio with torch.set_num_threads(1).',
+        f'Ratio = time of {reference} / time of {ours}; "1 thread" is the same ratio with torch.set_num_threads(1). '
+        "Limits are those of 256 MiB in memory (cache: 8 MiB), so a case that fits the cache can exceed them.",
         "```\n" + header(result) + "\n```",
     ]
     if result["cases"]:

@@ -51,9 +51,10 @@ class Side:
         return json.loads(line)
 
     def run(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [self.python, *arguments], env=self.environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-        )
+        command = [self.python, *arguments]
+        done = subprocess.run(command, env=self.environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{self.title}: {' '.join(command)} failed\n{done.stderr}")
         return done.stdout
 
     def stop(self) -> None:
