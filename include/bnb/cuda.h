@@ -1,0 +1,32 @@
+// The operations on a GPU. The descriptors are those of the CPU (bnb/quantize.h, bnb/gemm.h) and mean the same, byte by byte, except that
+// every pointer in them (views, spans, maps, absmax) is a device pointer of the current device.
+//
+// A call checks sizes and pointers as on the CPU (bnb::Error{invalid_argument}), puts its kernels on `stream` and returns: it neither waits
+// nor allocates, so it may be captured into a graph. What lies behind the pointers is not looked at: a map that does not ascend gives codes
+// that mean nothing, never a fault. No alignment is demanded; 16-byte aligned tensors are the fast case.
+// An error of the device (no driver, no kernel for it, an earlier fault) is bnb::Error{unsupported} and names the operation.
+#pragma once
+
+#include <bnb/gemm.h>
+#include <bnb/quantize.h>
+
+#include <cstdint>
+
+namespace bnb::cuda {
+
+using Stream = void*;  // a cudaStream_t or hipStream_t; null is the default stream
+
+// The devices that can be used; 0 without a GPU or a driver.
+int device_count();
+
+void quantize_4bit(const Quantize4bit&, Stream);
+void dequantize_4bit(const Dequantize4bit&, Stream);
+void quantize_blockwise(const QuantizeBlockwise&, Stream);
+void dequantize_blockwise(const DequantizeBlockwise&, Stream);
+
+// `workspace` is device memory of gemm_4bit_workspace(d) bytes, 256-byte aligned, used until the stream has passed the call; null where 0
+// bytes are asked for.
+int64_t gemm_4bit_workspace(const Gemm4bit&);
+void gemm_4bit(const Gemm4bit&, void* workspace, Stream);
+
+}  // namespace bnb::cuda

@@ -1,0 +1,116 @@
+// What a kernel may use of its machine: index, barrier, shuffle, shared memory, atomics, launch. Instructions are in ptx.cuh. Nothing else
+// in src/cuda names CUDA, so the same files run on the host (tests/cuda_on_host supplies these names) and can be built as HIP.
+//
+// Rules that the host build checks: every thread of a block reaches the same barriers, all 32 lanes of a warp the same collectives; shared
+// memory is dynamic and has no content at first; a block never waits for another.
+#pragma once
+
+#include <bnb/cuda.h>
+
+#include <cstdint>
+#include <string>
+
+namespace bnb::cuda::dev {
+
+inline constexpr unsigned kWarp = 32;
+inline constexpr uint32_t kDefaultShared = 48 << 10;  // more must be asked for before a launch
+
+struct Dim {
+  uint32_t x = 1, y = 1, z = 1;
+};
+
+// The current device; asked for once a device. Throws Error{unsupported} if there is none.
+struct Device {
+  int index = 0;
+  int arch = 0;                 // 10 * major + minor
+  int sms = 0;                  // multiprocessors
+  int64_t l2_bytes = 0;         // second-level cache
+  uint32_t shared_bytes = 0;    // the most that one block may have
+  uint32_t shared_per_sm = 0;   // of all blocks on a multiprocessor
+  uint32_t threads_per_sm = 0;  // likewise
+};
+const Device& device();
+
+// One launch: what runs, and what an error message tells of it.
+struct Launch {
+  const char* op = "";       // the public operation
+  DType dtype = DType::f32;  // of its input or output
+  int64_t shape[3] = {};     // its sizes; zeros behind the first are left out of messages
+  Dim grid = {};             // blocks
+  uint32_t threads = 1;      // of a block
+  uint32_t shared = 0;       // bytes of dynamic shared memory
+  Stream stream = nullptr;
+};
+
+std::string describe(const Launch&);  // "quantize_4bit: bf16 4096"
+// Throws Error with that description and the limit that the launch breaks.
+void check_launch(const Launch&, const Device&);
+
+// Sets memory to zero on the stream. `what` is the operation for which it is done.
+void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
+
+}  // namespace bnb::cuda::dev
+
+#if defined(__CUDACC__)
+
+// BNB_KERNEL(threads of a block, blocks on a multiprocessor at least) name(arguments) { ... }
+#define BNB_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define BNB_DEVICE __device__ __forceinline__
+#define BNB_HD __host__ __device__ __forceinline__
+#define BNB_UNROLL _Pragma("unroll")
+#if defined(__CUDA_ARCH__)
+#define BNB_ARCH (__CUDA_ARCH__ / 10)
+#else
+#define BNB_ARCH 0
+#endif
+
+namespace bnb::cuda::dev {
+
+BNB_DEVICE unsigned thread() { return threadIdx.x; }
+BNB_DEVICE unsigned threads() { return blockDim.x; }
+BNB_DEVICE unsigned lane() { return threadIdx.x % kWarp; }
+BNB_DEVICE unsigned warp() { return threadIdx.x / kWarp; }
+BNB_DEVICE Dim block() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
+BNB_DEVICE Dim grid() { return {gridDim.x, gridDim.y, gridDim.z}; }
+
+BNB_DEVICE void barrier() { __syncthreads(); }
+// Barrier `id` (1..15) of `count` threads, whole warps.
+BNB_DEVICE void barrier(unsigned id, unsigned count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+BNB_DEVICE bool barrier_or(bool x) { return __syncthreads_or(x); }
+BNB_DEVICE void warp_barrier() { __syncwarp(); }
+// What this thread wrote to global memory is seen by all blocks before what it writes next.
+BNB_DEVICE void fence() { __threadfence(); }
+
+// T: 4 or 8 bytes.
+template <class T> BNB_DEVICE T shuffle(T v, unsigned from) { return __shfl_sync(~0u, v, from); }
+template <class T> BNB_DEVICE T shuffle_xor(T v, unsigned mask) { return __shfl_xor_sync(~0u, v, mask); }
+template <class T> BNB_DEVICE T shuffle_down(T v, unsigned by) { return __shfl_down_sync(~0u, v, by); }
+BNB_DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
+BNB_DEVICE bool any(bool x) { return __any_sync(~0u, x); }
+BNB_DEVICE bool all(bool x) { return __all_sync(~0u, x); }
+
+// The block's dynamic shared memory, from its begin, 128-byte aligned.
+template <class T> BNB_DEVICE T& shared() {
+  extern __shared__ __align__(128) unsigned char bnb_shared[];
+  return *reinterpret_cast<T*>(bnb_shared);
+}
+
+// Return the value before.
+template <class T> BNB_DEVICE T atomic_add(T* at, T v) { return atomicAdd(at, v); }
+template <class T> BNB_DEVICE T atomic_max(T* at, T v) { return atomicMax(at, v); }
+template <class T> BNB_DEVICE T atomic_min(T* at, T v) { return atomicMin(at, v); }
+
+void launch_kernel(const void* kernel, const Launch& launch, void** arguments);
+
+template <class... P, class... A> void launch(const Launch& l, void (*kernel)(P...), const A&... arguments) {
+  [&](P... p) {
+    void* pointers[] = {static_cast<void*>(&p)...};
+    launch_kernel(reinterpret_cast<const void*>(kernel), l, pointers);
+  }(arguments...);
+}
+
+}  // namespace bnb::cuda::dev
+
+#else
+#include "cuda_on_host/device.h"
+#endif

@@ -1,0 +1,79 @@
+// The host's side of the device layer: properties of devices, launches, errors. With device.cuh and ptx.cuh the only place that names CUDA.
+#include <cuda_runtime_api.h>
+
+#include <bnb/error.h>
+
+#include <array>
+#include <mutex>
+#include <string>
+
+#include "device.cuh"
+
+namespace bnb::cuda {
+namespace {
+
+[[noreturn]] void fail(const std::string& what, cudaError_t error) {
+  cudaGetLastError();  // ours now: the next call of anybody else must not find it
+  throw Error(error == cudaErrorMemoryAllocation ? Errc::out_of_memory : Errc::unsupported,
+              what + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+}
+
+void check(const char* what, cudaError_t error) {
+  if (error != cudaSuccess) [[unlikely]]
+    fail(what, error);
+}
+
+}  // namespace
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+namespace dev {
+
+const Device& device() {
+  constexpr int kMax = 64;
+  static std::array<Device, kMax> known;
+  static std::array<std::once_flag, kMax> asked;
+  int index = 0;
+  check("current device", cudaGetDevice(&index));
+  if (index >= kMax)
+    throw Error(Errc::unsupported, "current device: " + std::to_string(index) + ", expected one below " + std::to_string(kMax));
+  std::call_once(asked[index], [&] {
+    const auto get = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      check("properties of the device", cudaDeviceGetAttribute(&value, attribute, index));
+      return value;
+    };
+    known[index] = {.index = index,
+                    .arch = 10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor),
+                    .sms = get(cudaDevAttrMultiProcessorCount),
+                    .l2_bytes = get(cudaDevAttrL2CacheSize),
+                    .shared_bytes = static_cast<uint32_t>(get(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+                    .shared_per_sm = static_cast<uint32_t>(get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)),
+                    .threads_per_sm = static_cast<uint32_t>(get(cudaDevAttrMaxThreadsPerMultiProcessor))};
+  });
+  return known[index];
+}
+
+void launch_kernel(const void* kernel, const Launch& l, void** arguments) {
+  check_launch(l, device());
+  cudaError_t error = cudaSuccess;
+  if (l.shared > kDefaultShared)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(kernel, dim3(l.grid.x, l.grid.y, l.grid.z), dim3(l.threads), arguments, l.shared,
+                             static_cast<cudaStream_t>(l.stream));
+  if (error != cudaSuccess) [[unlikely]]
+    fail(describe(l), error);
+}
+
+void zero_async(const char* what, void* to, int64_t bytes, Stream stream) {
+  check(what, cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace dev
+}  // namespace bnb::cuda

@@ -1,0 +1,157 @@
+// The names of src/cuda/ptx.cuh on the host: what the PTX manual says of each instruction, including the bits of a NaN.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <utility>
+
+#include "../../src/cpu/convert.h"
+
+namespace bnb::cuda::dev {
+
+// ---- global memory
+template <class V> V load(const void* from, Where where = Where::current()) {
+  emulator::check_aligned(from, sizeof(V), "load", where);
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class V> V load_const(const void* from, Where where = Where::current()) { return load<V>(from, where); }
+template <class V> V load_once(const void* from, Where where = Where::current()) { return load<V>(from, where); }
+template <class V> V load_last(const void* from, Where where = Where::current()) { return load<V>(from, where); }
+template <class V> void store(void* to, const V& v, Where where = Where::current()) {
+  emulator::check_aligned(to, sizeof(V), "store", where);
+  std::memcpy(to, &v, sizeof v);
+}
+template <class V> void store_once(void* to, const V& v, Where where = Where::current()) { store(to, v, where); }
+inline void prefetch_l2(const void*) {}
+
+// ---- shared memory
+template <class V> V load_shared(const void* from, Where where = Where::current()) {
+  emulator::check_shared(from, sizeof(V), "load", where);
+  return load<V>(from, where);
+}
+template <class V> void store_shared(void* to, const V& v, Where where = Where::current()) {
+  emulator::check_shared(to, sizeof(V), "store", where);
+  store(to, v, where);
+}
+
+template <int bytes> void copy_async(void* to, const void* from, unsigned valid = bytes, Where where = Where::current()) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  emulator::check_shared(to, bytes, "asynchronous copy", where);
+  emulator::check_aligned(from, bytes, "asynchronous copy", where);
+  if (valid > bytes) emulator::fail("asynchronous copy of " + std::to_string(valid) + " of " + std::to_string(bytes) + " bytes", where);
+  emulator::copy_async(to, from, bytes, valid, kHasCopyAsync);
+}
+inline void copy_commit() { emulator::copy_commit(); }
+template <int n> void copy_wait() { emulator::copy_wait(n); }
+
+struct alignas(8) Rows {
+  const uint16_t* row;
+  uint32_t word[4];
+  uint32_t unused[10];
+};
+template <int count, bool transposed = false> void load_matrix(uint32_t (&r)[count], const void* row, Where where = Where::current()) {
+  static_assert(count == 1 || count == 2 || count == 4);
+  if (lane() < 8 * count) emulator::check_shared(row, 16, "row of a matrix", where);
+  const auto load_all = [](std::span<Rows, 32> all) {
+    for (unsigned m = 0; m < count; ++m)
+      for (unsigned i = 0; i < kWarp; ++i) {
+        const auto at = [&](unsigned y, unsigned x) -> uint32_t { return transposed ? all[8 * m + x].row[y] : all[8 * m + y].row[x]; };
+        all[i].word[m] = at(i / 4, i % 4 * 2) | at(i / 4, i % 4 * 2 + 1) << 16;
+      }
+  };
+  const auto all = emulator::collective("load_matrix", Rows{static_cast<const uint16_t*>(row), {}, {}}, kWarp, load_all, where);
+  for (int m = 0; m < count; ++m) r[m] = all[lane()].word[m];
+}
+
+// ---- arithmetic
+inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
+inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline float nan_rule(float x) { return x == x ? x : bits_float(0x7fffffff); }
+inline float add(float a, float b) { return nan_rule(a + b); }
+inline float mul(float a, float b) { return nan_rule(a * b); }
+inline float div(float a, float b) { return nan_rule(a / b); }
+inline float fma(float a, float b, float c) { return nan_rule(std::fma(a, b, c)); }
+
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = bytes >> (which >> 4 * i & 7) * 8 & 0xff;
+    r |= (which >> 4 * i & 8 ? (byte & 0x80 ? 0xff : 0) : byte) << 8 * i;
+  }
+  return r;
+}
+template <uint8_t table> uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r = 0;
+  for (uint32_t i = 0; i < 8; ++i)
+    if (table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return r;
+}
+inline uint32_t field(uint32_t x, unsigned first, unsigned count) {
+  return static_cast<uint32_t>((uint64_t{x} >> std::min(first & 0xff, 32u)) & ((uint64_t{1} << std::min(count & 0xff, 32u)) - 1));
+}
+
+// ---- conversions
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bnb::to_float(x); }
+inline float to_float(Half x) { return nan_rule(bnb::to_float(x)); }
+template <class T> T round_to(float x) {
+  if constexpr (sizeof(T) == 2)
+    if (x != x) return {0x7fff};
+  return rounded<T>(x);
+}
+template <class T> uint32_t pack(float low, float high) { return round_to<T>(low).bits | uint32_t{round_to<T>(high).bits} << 16; }
+template <class T> void unpack(uint32_t x, float& low, float& high) {
+  low = to_float(T{static_cast<uint16_t>(x)});
+  high = to_float(T{static_cast<uint16_t>(x >> 16)});
+}
+
+// ---- tensor cores
+template <class D> struct alignas(8) Fragments {
+  uint32_t a[4], b[2];
+  D d[4];
+  uint32_t unused[6];
+};
+// A row of `a` and a column of `b` are `per_word` elements a word, read by element(word, i); Sum is exact or wider than D.
+template <class D, class Sum, int per_word, class Element> void multiply(std::span<Fragments<D>, 32> all, Element element) {
+  constexpr int depth = 8 * per_word;
+  Sum a[16][depth], b[depth][8];
+  for (int i = 0; i < 32; ++i) {
+    const int g = i / 4, t = i % 4 * per_word;
+    for (int h = 0; h < per_word; ++h) {
+      for (int r = 0; r < 4; ++r) a[g + 8 * (r & 1)][t + h + depth / 2 * (r >> 1)] = element(all[i].a[r], h);
+      for (int r = 0; r < 2; ++r) b[t + h + depth / 2 * r][g] = element(all[i].b[r], h);
+    }
+  }
+  for (int i = 0; i < 32; ++i)
+    for (int r = 0; r < 4; ++r) {
+      Sum sum = all[i].d[r];
+      for (int k = 0; k < depth; ++k) sum += a[i / 4 + 8 * (r >> 1)][k] * b[k][i % 4 * 2 + (r & 1)];
+      all[i].d[r] = static_cast<D>(sum);
+    }
+}
+template <class D, class F> void run_mma(const char* what, D (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F act, Where where) {
+  Fragments<D> mine{};
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  std::memcpy(mine.d, d, sizeof d);
+  std::memcpy(d, emulator::collective(what, mine, kWarp, act, where)[lane()].d, sizeof d);
+}
+template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
+  static_assert(kHasMma<T>, "no mma for this type on this architecture: ask kHasMma<T>");
+  const auto act = [](std::span<Fragments<float>, 32> all) {
+    multiply<float, double, 2>(all, [](uint32_t word, int i) { return double{to_float(T{static_cast<uint16_t>(word >> 16 * i)})}; });
+  };
+  run_mma("mma", d, a, b, act, where);
+}
+inline void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
+  const auto act = [](std::span<Fragments<int32_t>, 32> all) {
+    multiply<int32_t, int64_t, 4>(all, [](uint32_t word, int i) { return int64_t{static_cast<int8_t>(word >> 8 * i)}; });
+  };
+  run_mma("mma_s8", d, a, b, act, where);
+}
+
+}  // namespace bnb::cuda::dev
