@@ -53,16 +53,21 @@ void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
 
 #if defined(__CUDACC__)
 
-// BNB_KERNEL(threads of a block, blocks on a multiprocessor at least) name(arguments) { ... }
-#define BNB_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-#define BNB_DEVICE __device__ __forceinline__
-#define BNB_HD __host__ __device__ __forceinline__
-#define BNB_UNROLL _Pragma("unroll")
 #if defined(__CUDA_ARCH__)
 #define BNB_ARCH (__CUDA_ARCH__ / 10)
 #else
 #define BNB_ARCH 0
 #endif
+// The most threads that a multiprocessor holds.
+#define BNB_SM_THREADS (BNB_ARCH == 75 ? 1024 : BNB_ARCH == 86 || BNB_ARCH == 89 || BNB_ARCH >= 120 ? 1536 : 2048)
+
+// BNB_KERNEL(threads of a block, blocks that a multiprocessor shall hold) name(arguments) { ... }
+#define BNB_KERNEL(threads, blocks) \
+  __global__ void __launch_bounds__(threads, (threads) * (blocks) <= BNB_SM_THREADS ? (blocks) : BNB_SM_THREADS / (threads))
+#define BNB_DEVICE __device__ __forceinline__
+#define BNB_HD __host__ __device__ __forceinline__
+#define BNB_TABLE __device__ constexpr  // in the memory of the device, for run-time indices
+#define BNB_UNROLL _Pragma("unroll")
 
 namespace bnb::cuda::dev {
 

@@ -10,6 +10,9 @@ namespace bnb::cuda::dev {
 template <int bytes> struct alignas(bytes) Bits {
   uint32_t word[bytes / 4];
 };
+template <> struct alignas(2) Bits<2> {
+  uint16_t word[1];
+};
 
 // What the code is compiled for: 10 * major + minor, 0 in the host's part. For `if constexpr` in device code.
 inline constexpr int kArch = BNB_ARCH;
@@ -23,20 +26,23 @@ template <> inline constexpr bool kHasMma<BFloat16> = kArch >= 80;
 
 namespace bnb::cuda::dev {
 
-// ---- global memory. V: Bits<4>, Bits<8> or Bits<16>
+// ---- global memory. V: Bits<2>, Bits<4>, Bits<8> or Bits<16>
 
-#define BNB_LOAD(name, qualifiers, how)                                                                                                   \
-  template <class V> BNB_DEVICE V name(const void* from) {                                                                                \
-    V v;                                                                                                                                  \
-    if constexpr (sizeof(V) == 16)                                                                                                        \
-      asm how("ld.global" qualifiers ".v4.u32 {%0, %1, %2, %3}, [%4];"                                                                    \
-              : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])                                                        \
-              : "l"(__cvta_generic_to_global(from)));                                                                                     \
-    else if constexpr (sizeof(V) == 8)                                                                                                    \
-      asm how("ld.global" qualifiers ".v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(__cvta_generic_to_global(from))); \
-    else                                                                                                                                  \
-      asm how("ld.global" qualifiers ".u32 %0, [%1];" : "=r"(v.word[0]) : "l"(__cvta_generic_to_global(from)));                           \
-    return v;                                                                                                                             \
+#define BNB_LOAD(name, qualifiers, how)                                                                       \
+  template <class V> BNB_DEVICE V name(const void* from) {                                                    \
+    const auto at = __cvta_generic_to_global(from);                                                           \
+    V v;                                                                                                      \
+    if constexpr (sizeof(V) == 16)                                                                            \
+      asm how("ld.global" qualifiers ".v4.u32 {%0, %1, %2, %3}, [%4];"                                        \
+              : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])                            \
+              : "l"(at));                                                                                     \
+    else if constexpr (sizeof(V) == 8)                                                                        \
+      asm how("ld.global" qualifiers ".v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(at)); \
+    else if constexpr (sizeof(V) == 4)                                                                        \
+      asm how("ld.global" qualifiers ".u32 %0, [%1];" : "=r"(v.word[0]) : "l"(at));                           \
+    else                                                                                                      \
+      asm how("ld.global" qualifiers ".u16 %0, [%1];" : "=h"(v.word[0]) : "l"(at));                           \
+    return v;                                                                                                 \
   }
 BNB_LOAD(load_const, ".nc", )                 // memory that nobody writes while the kernel runs
 BNB_LOAD(load_once, ".nc.L1::no_allocate", )  // likewise, and read by one thread only
@@ -46,18 +52,21 @@ template <class V> BNB_DEVICE V load(const void* from) {
   if constexpr (sizeof(V) == 16) return __builtin_bit_cast(V, *static_cast<const uint4*>(from));
   if constexpr (sizeof(V) == 8) return __builtin_bit_cast(V, *static_cast<const uint2*>(from));
   if constexpr (sizeof(V) == 4) return __builtin_bit_cast(V, *static_cast<const uint32_t*>(from));
+  if constexpr (sizeof(V) == 2) return __builtin_bit_cast(V, *static_cast<const uint16_t*>(from));
 }
 
 template <class V> BNB_DEVICE void store(void* to, const V& v) {
   if constexpr (sizeof(V) == 16) *static_cast<uint4*>(to) = __builtin_bit_cast(uint4, v);
   if constexpr (sizeof(V) == 8) *static_cast<uint2*>(to) = __builtin_bit_cast(uint2, v);
   if constexpr (sizeof(V) == 4) *static_cast<uint32_t*>(to) = __builtin_bit_cast(uint32_t, v);
+  if constexpr (sizeof(V) == 2) *static_cast<uint16_t*>(to) = __builtin_bit_cast(uint16_t, v);
 }
 // Written and not read again soon: leaves the caches first.
 template <class V> BNB_DEVICE void store_once(void* to, const V& v) {
   if constexpr (sizeof(V) == 16) __stcs(static_cast<uint4*>(to), __builtin_bit_cast(uint4, v));
   if constexpr (sizeof(V) == 8) __stcs(static_cast<uint2*>(to), __builtin_bit_cast(uint2, v));
   if constexpr (sizeof(V) == 4) __stcs(static_cast<unsigned*>(to), __builtin_bit_cast(uint32_t, v));
+  if constexpr (sizeof(V) == 2) __stcs(static_cast<unsigned short*>(to), __builtin_bit_cast(uint16_t, v));
 }
 BNB_DEVICE void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at))); }
 
@@ -153,12 +162,27 @@ BNB_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 BNB_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 BNB_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
 BNB_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+BNB_DEVICE float fma_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }  // rounded up
+BNB_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
 
 BNB_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 BNB_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
 // Four bytes out of the eight of (low, high), chosen by the nibbles of `which`.
 BNB_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t which) { return __byte_perm(low, high, which); }
+// The greater of each half, both without sign: 16-bit integers, or floats of type T with NaN above all.
+template <class T> BNB_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if constexpr (kArch >= 90)
+    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else if constexpr (kArch >= 80 && dtype_of<T> == DType::bf16)
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else if constexpr (kArch >= 80)
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else
+    r = max(a & 0xffff, b & 0xffff) | max(a & 0xffff0000, b & 0xffff0000);
+  return r;
+}
 // Bit by bit the entry of `table` at 4 a + 2 b + c.
 template <uint8_t table> BNB_DEVICE uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
@@ -211,8 +235,8 @@ template <class T> BNB_DEVICE void unpack(uint32_t x, float& low, float& high) {
     low = __uint_as_float(x << 16);
     high = __uint_as_float(x & 0xffff0000);
   } else {
-    low = to_float(T{static_cast<uint16_t>(x)});
-    high = to_float(T{static_cast<uint16_t>(x >> 16)});
+    low = dev::to_float(T{static_cast<uint16_t>(x)});
+    high = dev::to_float(T{static_cast<uint16_t>(x >> 16)});
   }
 }
 

@@ -16,6 +16,11 @@
 
 #include "reference.h"
 
+// The same cases for another device: declares in bnb::test the operations and what stands for instruction sets there.
+#if defined(BNB_TEST_DEVICE)
+#include BNB_TEST_DEVICE
+#endif
+
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define BNB_TEST_SANITIZED 1
 #else

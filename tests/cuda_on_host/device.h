@@ -8,6 +8,7 @@
 #define BNB_KERNEL(threads, blocks) void
 #define BNB_DEVICE inline
 #define BNB_HD inline
+#define BNB_TABLE inline constexpr
 #define BNB_UNROLL
 #ifndef BNB_ARCH
 #define BNB_ARCH 90

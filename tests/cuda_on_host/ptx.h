@@ -1,10 +1,9 @@
 // The names of src/cuda/ptx.cuh on the host: what the PTX manual says of each instruction, including the bits of a NaN.
 #pragma once
 
-#include <array>
+#include <algorithm>
 #include <bit>
 #include <cmath>
-#include <utility>
 
 #include "../../src/cpu/convert.h"
 
@@ -74,6 +73,13 @@ inline float add(float a, float b) { return nan_rule(a + b); }
 inline float mul(float a, float b) { return nan_rule(a * b); }
 inline float div(float a, float b) { return nan_rule(a / b); }
 inline float fma(float a, float b, float c) { return nan_rule(std::fma(a, b, c)); }
+inline float fma_up(float a, float b, float c) {
+  const double product = double{a} * b, sum = product + c;  // the product is exact, `error` what the sum lost
+  const double part = sum - product, error = (product - (sum - part)) + (c - part);
+  const auto r = static_cast<float>(sum);
+  return nan_rule(r < sum || (r == sum && error > 0) ? std::nextafter(r, INFINITY) : r);
+}
+inline float reciprocal(float x) { return nan_rule(1.0f / x); }
 
 inline uint32_t permute(uint32_t low, uint32_t high, uint32_t which) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
@@ -83,6 +89,9 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t which) {
     r |= (which >> 4 * i & 8 ? (byte & 0x80 ? 0xff : 0) : byte) << 8 * i;
   }
   return r;
+}
+template <class T> uint32_t max_halves(uint32_t a, uint32_t b) {
+  return std::max(a & 0xffff, b & 0xffff) | std::max(a & 0xffff0000, b & 0xffff0000);
 }
 template <uint8_t table> uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r = 0;
@@ -105,8 +114,8 @@ template <class T> T round_to(float x) {
 }
 template <class T> uint32_t pack(float low, float high) { return round_to<T>(low).bits | uint32_t{round_to<T>(high).bits} << 16; }
 template <class T> void unpack(uint32_t x, float& low, float& high) {
-  low = to_float(T{static_cast<uint16_t>(x)});
-  high = to_float(T{static_cast<uint16_t>(x >> 16)});
+  low = dev::to_float(T{static_cast<uint16_t>(x)});
+  high = dev::to_float(T{static_cast<uint16_t>(x >> 16)});
 }
 
 // ---- tensor cores
@@ -143,7 +152,7 @@ template <class D, class F> void run_mma(const char* what, D (&d)[4], const uint
 template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
   static_assert(kHasMma<T>, "no mma for this type on this architecture: ask kHasMma<T>");
   const auto act = [](std::span<Fragments<float>, 32> all) {
-    multiply<float, double, 2>(all, [](uint32_t word, int i) { return double{to_float(T{static_cast<uint16_t>(word >> 16 * i)})}; });
+    multiply<float, double, 2>(all, [](uint32_t word, int i) { return double{dev::to_float(T{static_cast<uint16_t>(word >> 16 * i)})}; });
   };
   run_mma("mma", d, a, b, act, where);
 }

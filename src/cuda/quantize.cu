@@ -1,0 +1,354 @@
+// Quantization of blocks: absmax = max |x|, t = x * (1 / max(absmax, 1e-38)), the code of t; docs/NUMERICS.md has the rules.
+//
+// Reads sizeof(T) bytes and writes 1/2 (4 bits) or 1 byte an element, and 4 bytes a block, each once. Lower bound: those bytes at the
+// bandwidth of a copy; bf16 to nf4 with blocks of 64 moves 2.5625 bytes an element. Everything of a span stays in registers between the
+// maximum and the codes. 4 loads of 16 bytes a thread are in flight.
+#include <bit>
+
+#include "../arguments.h"
+#include "../formats.h"
+#include "span.cuh"
+
+namespace bnb::cuda {
+namespace {
+
+using dev::Bits;
+
+// ---- 4 bits: 32 buckets of t, one a lane
+//
+// ceil(t * 15.5) tells the bucket of t, (k / 15.5, (k + 1) / 15.5], which holds one threshold at most. A shuffle is the table: lane
+// `bucket` keeps that threshold and how many are below the bucket. Rounding up puts 0, a threshold of FP4, between two buckets.
+struct Buckets {
+  float threshold[32];
+  uint32_t below[32];
+};
+inline constexpr float kScale = 15.5f, kMagic = 0x1.8p23f + 16;  // ceil + 16 in the low bits of the sum
+
+template <class Format> constexpr Buckets make_buckets() {
+  Buckets b{};
+  constexpr float kInfinity = __builtin_huge_valf();
+  for (int k = -15; k <= 16; ++k) {
+    const int bucket = (k + 16) & 31;
+    int inside = -1, below = 0;
+    for (int i = 0; i < 15; ++i) {
+      const double scaled = Format::thresholds[i] * double{kScale};
+      below += scaled <= k - 1;
+      if (scaled > k - 1 && scaled < k) inside = inside < 0 ? i : throw "two thresholds in a bucket";
+    }
+    // Without a threshold: all of it is above the one before (so is a NaN, whose sum ends in 31), or nothing is.
+    b.threshold[bucket] = inside >= 0 ? Format::thresholds[inside] : below ? -kInfinity : kInfinity;
+    b.below[bucket] = static_cast<uint32_t>(inside < 0 && below ? below - 1 : below);
+  }
+  return b;
+}
+template <class Format> BNB_TABLE Buckets kBuckets = make_buckets<Format>();
+
+// Eight numbers of thresholds below, a nibble each, to codes.
+template <class Format> BNB_HD constexpr uint32_t codes_of(uint32_t below) {
+  if constexpr (Format::type == QuantType::nf4) return below;
+  // fp4: magnitudes ascend away from the middle as 0 1 6 7 4 5 2 3. The upper bit: t < 0, but the zero of t > 0 has it too.
+  const uint32_t negative = ~below & 0x88888888, steps = (below & 0x77777777) ^ (negative - (negative >> 3));
+  const uint32_t magnitude = steps ^ (steps << 1 & 0x44444444), zero = ~(steps + 0x77777777) & 0x88888888;
+  return magnitude | (negative ^ zero);
+}
+template <class Format> constexpr bool codes_agree() {
+  for (uint32_t i = 0; i < 16; ++i)
+    if (codes_of<Format>(i * 0x11111111) != Format::codes[i] * 0x11111111u) return false;
+  return true;
+}
+static_assert(codes_agree<Nf4>() && codes_agree<Fp4>());
+
+template <class Format> struct Encode4 {
+  static constexpr Shape kShape = {.threads = 256, .per_sm = 5, .rounds = 4};
+  static constexpr int kPerByte = 2;
+  struct Tables {};
+  struct Lane {
+    float threshold;
+    uint32_t below;
+
+    // Codes of a unit, in the order of memory: the first of a pair in the upper nibble.
+    template <int n> BNB_DEVICE Bits<n / 2> operator()(const float (&t)[n]) const {
+      uint32_t below_all = 0;
+      BNB_UNROLL
+      for (int i = 0; i < n; ++i) {
+        const uint32_t bucket = dev::float_bits(dev::fma_up(t[i], kScale, kMagic));
+        const float at = dev::shuffle(threshold, bucket);
+        below_all = below_all * 16 + dev::shuffle(below, bucket) + (t[i] <= at ? 0 : 1);
+      }
+      const uint32_t codes = dev::permute(codes_of<Format>(below_all), 0, n == 8 ? 0x0123 : 0x4401);
+      if constexpr (n == 8) return {codes};
+      if constexpr (n == 4) return {static_cast<uint16_t>(codes)};
+    }
+  };
+  BNB_DEVICE Lane prepare(Tables&) const { return {kBuckets<Format>.threshold[dev::lane()], kBuckets<Format>.below[dev::lane()]}; }
+};
+
+// ---- 8 bits: any ascending map of 256 values
+//
+// The code of t is the number of thresholds below t (cpu/codebook8.h). Each lane has a copy of the thresholds in its own bank. For large
+// inputs the sign, 5 bits of exponent and 6 of mantissa (exponents below 2^-30 count as that) are a bucket of a table, which tells the
+// first code of the bucket; where no bucket holds more than one threshold, one comparison ends it. Otherwise a binary search.
+struct Encode8 {
+  static constexpr Shape kShape = {.threads = 512, .per_sm = 2, .rounds = 1};
+  static constexpr int kPerByte = 1;
+  static constexpr int64_t kWorthBuckets = 8192;  // elements a multiprocessor: each block of the grid makes its own table
+  static constexpr uint32_t kBuckets = 4096, kLowest = 97 << 6, kHalf = kBuckets / 2;
+  struct Tables {
+    float threshold[256][dev::kWarp];
+    float plain[256];
+    uint8_t first[kBuckets];
+    float last_of_warp[8];
+  };
+  const float* code;
+  bool want_buckets;
+
+  struct Lane {
+    const Tables* tables;
+    const float* threshold;  // this lane's
+    bool by_bucket;
+
+    BNB_DEVICE uint32_t search(float t) const {
+      uint32_t c = 0;
+      BNB_UNROLL
+      for (uint32_t step = 128; step; step /= 2) c += t <= threshold[(c + step - 1) * dev::kWarp] ? 0 : step;
+      return c;
+    }
+    BNB_DEVICE static uint32_t bucket_of(float t) {
+      const uint32_t bits = dev::float_bits(t);
+      int key = static_cast<int>((bits & 0x7fffffff) >> 17) - static_cast<int>(kLowest);
+      key = key < 0 ? 0 : key;
+      key = key > static_cast<int>(kHalf) - 1 ? static_cast<int>(kHalf) - 1 : key;
+      return static_cast<uint32_t>(key) | (bits >> 20 & kHalf);
+    }
+    BNB_DEVICE uint32_t lookup(float t) const {
+      const uint32_t c = tables->first[bucket_of(t)];
+      return c + (t > threshold[c * dev::kWarp] ? 1 : 0);
+    }
+    template <int n> BNB_DEVICE Bits<n> operator()(const float (&t)[n]) const {
+      Bits<n> codes = {};
+      if (by_bucket) {
+        BNB_UNROLL
+        for (int i = 0; i < n; ++i) codes.word[i / 4] |= lookup(t[i]) << i % 4 * 8;
+      } else {
+        BNB_UNROLL
+        for (int i = 0; i < n; ++i) codes.word[i / 4] |= search(t[i]) << i % 4 * 8;
+      }
+      return codes;
+    }
+  };
+
+  // The float before x, for x that is not NaN.
+  BNB_DEVICE static float before(float x) {
+    const uint32_t bits = dev::float_bits(x);
+    if (bits == 0xff800000) return x;
+    return dev::bits_float((bits & 0x7fffffff) == 0 ? 0x80000001 : bits >> 31 ? bits + 1 : bits - 1);
+  }
+
+  // Threshold i: the fp32 midpoint of values i and i + 1, or the float before it for odd i; never below the one before.
+  BNB_DEVICE void set_thresholds(Tables& s) const {
+    const unsigned i = dev::thread();
+    const float infinity = dev::bits_float(0x7f800000);
+    float t = -infinity;
+    if (i < 255) {
+      const float mid = dev::mul(dev::add(code[i], code[i + 1]), 0.5f);
+      const float threshold = i % 2 == 0 ? mid : before(mid);
+      if (threshold > t) t = threshold;
+    }
+    const auto take_greater = [&](float other) { t = other > t ? other : t; };
+    BNB_UNROLL
+    for (unsigned k = 1; k < dev::kWarp; k *= 2) {
+      const float other = dev::shuffle(t, dev::lane() - k);
+      if (dev::lane() >= k) take_greater(other);
+    }
+    if (i < 256 && dev::lane() == dev::kWarp - 1) s.last_of_warp[dev::warp()] = t;
+    dev::barrier();
+    if (i < 256) {
+      for (unsigned w = 0; w < dev::warp(); ++w) take_greater(s.last_of_warp[w]);
+      s.plain[i] = i == 255 ? infinity : t;
+    }
+    dev::barrier();
+    for (unsigned k = i; k < 256 * dev::kWarp; k += dev::threads()) s.threshold[k / dev::kWarp][k % dev::kWarp] = s.plain[k / dev::kWarp];
+    dev::barrier();
+  }
+
+  // Whether every bucket holds one threshold at most.
+  BNB_DEVICE bool set_buckets(Tables& s, const Lane& lane) const {
+    bool many = false;
+    for (uint32_t key = dev::thread(); key < kBuckets; key += dev::threads()) {
+      const uint32_t half = key % kHalf, sign = key / kHalf << 31;
+      const float least = dev::bits_float(sign | (half ? (half + kLowest) << 17 : 0)),
+                  most = dev::bits_float(sign | (((half + 1 + kLowest) << 17) - 1));
+      const uint32_t begin = lane.search(sign ? most : least), end = lane.search(sign ? least : most);
+      const bool nan = half == kHalf - 1;  // no finite t is as large
+      s.first[key] = static_cast<uint8_t>(nan ? 255 : begin);
+      many |= !nan && end > begin + 1;
+    }
+    return !dev::barrier_or(many);
+  }
+
+  BNB_DEVICE Lane prepare(Tables& s) const {
+    set_thresholds(s);
+    Lane lane{&s, &s.threshold[0][dev::lane()], false};
+    if (want_buckets) lane.by_bucket = set_buckets(s, lane);
+    return lane;
+  }
+};
+
+// ---- the kernel
+
+// Bits of |x|, in fp32 or in both halves of a word: their order is that of the numbers, NaN above infinity.
+template <class T> BNB_DEVICE uint32_t greater(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(T) == 4) return a > b ? a : b;
+  if constexpr (sizeof(T) == 2) return dev::max_halves<T>(a, b);
+}
+
+// absmax of the block of each unit, as bits of fp32. `group` lanes and `rows` units make a block, or the part of it in this warp.
+template <class T> BNB_DEVICE void largest_of_blocks(const Bits<16> (&raw)[kUnits], unsigned group, int rows, uint32_t (&largest)[kUnits]) {
+  constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffff : 0x7fff7fff;
+  constexpr int kPerWord = 4 / sizeof(T), kWords = kUnits / kPerWord;  // two units of 16 bits share a word from here on
+  uint32_t m[kUnits], w[kWords];
+  BNB_UNROLL
+  for (int u = 0; u < kUnits; ++u) {
+    m[u] = raw[u].word[0] & kMagnitude;
+    BNB_UNROLL
+    for (int i = 1; i < 4; ++i) m[u] = greater<T>(m[u], raw[u].word[i] & kMagnitude);
+  }
+  BNB_UNROLL
+  for (int i = 0; i < kWords; ++i) {
+    if constexpr (sizeof(T) == 4)
+      w[i] = m[i];
+    else
+      w[i] = greater<T>(dev::permute(m[2 * i], m[2 * i + 1], 0x5410), dev::permute(m[2 * i], m[2 * i + 1], 0x7632));
+    if (kPerWord == 2 && rows > 1) w[i] = greater<T>(w[i], dev::permute(w[i], w[i], 0x1032));
+  }
+  BNB_UNROLL
+  for (int k = 1; k < kWords; k *= 2)
+    if (rows > k * kPerWord) {
+      BNB_UNROLL
+      for (int i = 0; i < kWords; ++i)
+        if ((i & k) == 0) w[i] = w[i | k] = greater<T>(w[i], w[i | k]);
+    }
+  BNB_UNROLL
+  for (unsigned k = 1; k < dev::kWarp; k *= 2)
+    if (group > k) {
+      BNB_UNROLL
+      for (int i = 0; i < kWords; ++i) w[i] = greater<T>(w[i], dev::shuffle_xor(w[i], k));
+    }
+  BNB_UNROLL
+  for (int i = 0; i < kWords; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      largest[i] = w[i];
+    } else {
+      float low, high;
+      dev::unpack<T>(w[i], low, high);
+      largest[2 * i] = dev::float_bits(low);
+      largest[2 * i + 1] = dev::float_bits(high);
+    }
+  }
+}
+
+template <class Encode> struct Shared {
+  typename Encode::Tables tables;
+  uint32_t largest[2][Encode::kShape.warps()];  // of the warps' parts of large blocks; alternate between tiles
+};
+
+// `vectors`: x and codes are aligned for whole units.
+template <class T, class Encode>
+BNB_KERNEL(Encode::kShape.threads, Encode::kShape.per_sm)
+quantize(const uint8_t* x, int64_t n, int log2_blocksize, bool vectors, uint8_t* codes, float* absmax, Encode encode) {
+  constexpr int kWarps = Encode::kShape.warps(), kPer = kPerUnit<T>, kRow = kPer * dev::kWarp;
+  auto& s = dev::shared<Shared<Encode>>();
+  const auto lane_encode = encode.prepare(s.tables);
+
+  const int blocksize = 1 << log2_blocksize;
+  const unsigned group = blocksize < kRow ? blocksize / kPer : dev::kWarp, warps = blocksize > kSpan<T> ? blocksize / kSpan<T> : 1;
+  const int rows = blocksize < kRow ? 1 : blocksize < kSpan<T> ? blocksize / kRow : kUnits;
+  const int64_t blocks = (n + blocksize - 1) >> log2_blocksize, code_bytes = (n + Encode::kPerByte - 1) / Encode::kPerByte;
+  unsigned turn = 0;
+  for (int64_t tile = dev::block().x; tile * kWarps * kSpan<T> < n; tile += dev::grid().x, turn ^= 1) {
+    const int64_t span = (tile * kWarps + dev::warp()) * kSpan<T>;
+    const bool whole = vectors && span + kSpan<T> <= n;
+    Bits<16> raw[kUnits];
+    BNB_UNROLL
+    for (int u = 0; u < kUnits; ++u) {
+      const int64_t at = unit_begin<T>(span, u) * sizeof(T);
+      raw[u] = whole ? dev::load_once<Bits<16>>(x + at) : load_bytes<Bits<16>>(x, at, n * sizeof(T));
+    }
+
+    uint32_t largest[kUnits];
+    largest_of_blocks<T>(raw, group, rows, largest);
+    if (warps > 1) {
+      if (dev::lane() == 0) s.largest[turn][dev::warp()] = largest[0];
+      dev::barrier();
+      for (unsigned w = 0; w < warps; ++w) {
+        const uint32_t other = s.largest[turn][dev::warp() / warps * warps + w];
+        largest[0] = other > largest[0] ? other : largest[0];
+      }
+      BNB_UNROLL
+      for (int u = 1; u < kUnits; ++u) largest[u] = largest[0];
+    }
+
+    // Lane j of a group writes the absmax of its j-th block: all of a span in one go.
+    const unsigned first_unit = dev::lane() % group * static_cast<unsigned>(rows);
+    uint32_t mine = 0;
+    BNB_UNROLL
+    for (int u = 0; u < kUnits; ++u) {
+      constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
+      largest[u] = largest[u] > kInfinity ? kNaN : largest[u];
+      if (first_unit == static_cast<unsigned>(u)) mine = largest[u];
+    }
+    const int64_t b = (span >> log2_blocksize) + dev::lane() % group * (dev::kWarp / group) + dev::lane() / group;
+    if (first_unit < kUnits && b < blocks && dev::warp() % warps == 0) absmax[b] = dev::bits_float(mine);
+
+    BNB_UNROLL
+    for (int u = 0; u < kUnits; ++u) {
+      const int64_t at = unit_begin<T>(span, u);
+      const float m = dev::bits_float(largest[u]), inverse = dev::reciprocal(m < 1e-38f ? 1e-38f : m);
+      float t[kPer];
+      to_floats<T>(raw[u], t);
+      BNB_UNROLL
+      for (int i = 0; i < kPer; ++i) t[i] = whole || at + i < n ? dev::mul(t[i], inverse) : 0;
+      const auto packed = lane_encode(t);
+      if (whole)
+        dev::store_once(codes + at / Encode::kPerByte, packed);
+      else
+        store_bytes(codes, at / Encode::kPerByte, code_bytes, packed);
+    }
+  }
+}
+
+template <class Encode>
+void launch_quantize(const char* op, const ConstView& x, int64_t blocksize, uint8_t* codes, float* absmax, Encode encode, Stream stream) {
+  if (x.size == 0) return;
+  visit(x.dtype, [&](auto t) {
+    using T = decltype(t);
+    constexpr Shape shape = Encode::kShape;
+    const bool vectors = aligned(x.data, 16) && aligned(codes, kPerUnit<T> / Encode::kPerByte);
+    dev::launch({.op = op,
+                 .dtype = x.dtype,
+                 .shape = {x.size},
+                 .grid = shape.template grid<T>(x.size),
+                 .threads = shape.threads,
+                 .shared = sizeof(Shared<Encode>),
+                 .stream = stream},
+                quantize<T, Encode>, static_cast<const uint8_t*>(x.data), x.size, std::countr_zero(static_cast<uint64_t>(blocksize)),
+                vectors, codes, absmax, encode);
+  });
+}
+
+}  // namespace
+
+void quantize_4bit(const Quantize4bit& d, Stream stream) {
+  check_arguments(d);
+  visit(d.type, [&](auto format) {
+    launch_quantize("quantize_4bit", d.x, d.blocksize, d.codes.data(), d.absmax.data(), Encode4<decltype(format)>{}, stream);
+  });
+}
+
+void quantize_blockwise(const QuantizeBlockwise& d, Stream stream) {
+  check_arguments(d);
+  launch_quantize("quantize_blockwise", d.x, d.blocksize, d.codes.data(), d.absmax.data(),
+                  Encode8{d.code.data(), d.x.size / Encode8::kWorthBuckets >= dev::device().sms}, stream);
+}
+
+}  // namespace bnb::cuda

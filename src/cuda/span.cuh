@@ -1,0 +1,58 @@
+// How the block-wise kernels lay elements on threads. A warp takes a span of 4 rows of 32 lanes x 16 bytes, so that accesses of T are whole
+// rows of 512 bytes: element span + (unit * 32 + lane) * kPerUnit + i is number i of a lane's `unit`, one of 4.
+// A block of 32 to 4096 elements is then a group of lanes, several rows, or several warps.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace bnb::cuda {
+
+inline constexpr int kUnits = 4;
+template <class T> inline constexpr int kPerUnit = 16 / sizeof(T);
+template <class T> inline constexpr int kSpan = kUnits * dev::kWarp * kPerUnit<T>;  // 512 of fp32, 1024 of 16 bits
+
+template <class T> BNB_DEVICE int64_t unit_begin(int64_t span, int unit) {
+  return span + (unit * static_cast<int>(dev::kWarp) + static_cast<int>(dev::lane())) * kPerUnit<T>;
+}
+
+// Bytes [at, at + sizeof(V)) of `size` bytes at any address; zeros behind the end.
+template <class V> BNB_DEVICE V load_bytes(const uint8_t* from, int64_t at, int64_t size) {
+  V v = {};
+  constexpr int kWord = sizeof(v.word[0]);
+  BNB_UNROLL
+  for (int i = 0; i < static_cast<int>(sizeof(V)); ++i)
+    if (at + i < size) v.word[i / kWord] |= uint32_t{from[at + i]} << i % kWord * 8;
+  return v;
+}
+template <class V> BNB_DEVICE void store_bytes(uint8_t* to, int64_t at, int64_t size, const V& v) {
+  constexpr int kWord = sizeof(v.word[0]);
+  BNB_UNROLL
+  for (int i = 0; i < static_cast<int>(sizeof(V)); ++i)
+    if (at + i < size) to[at + i] = static_cast<uint8_t>(v.word[i / kWord] >> i % kWord * 8);
+}
+
+// The elements of a unit as floats.
+template <class T> BNB_DEVICE void to_floats(const dev::Bits<16>& raw, float (&x)[kPerUnit<T>]) {
+  BNB_UNROLL
+  for (int i = 0; i < 4; ++i)
+    if constexpr (sizeof(T) == 4)
+      x[i] = dev::bits_float(raw.word[i]);
+    else
+      dev::unpack<T>(raw.word[i], x[2 * i], x[2 * i + 1]);
+}
+
+inline bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Launch choices. A multiprocessor holds `per_sm` blocks of `threads`; a grid has up to `rounds` times as many as fit the device, its
+// blocks go on with further tiles.
+struct Shape {
+  uint32_t threads, per_sm, rounds;
+  constexpr int warps() const { return static_cast<int>(threads / dev::kWarp); }
+  template <class T> dev::Dim grid(int64_t n) const {
+    const int64_t tile = int64_t{kSpan<T>} * warps(), tiles = n / tile + (n % tile != 0),
+                  most = int64_t{rounds} * per_sm * dev::device().sms;
+    return {static_cast<uint32_t>(tiles < most ? tiles : most)};
+  }
+};
+
+}  // namespace bnb::cuda
