@@ -17,10 +17,11 @@ constexpr int64_t kGrainElements = 1 << 15;
 // f on ranges of the blocks of n elements, which become `bytes` at `out`.
 template <class F> void for_blocks(int64_t n, int64_t blocksize, void* out, int64_t bytes, F&& f) {
   const cpu::OutputPages pages(out, bytes);
+  const auto stores = pages.streams() ? cpu::Stores::streaming : cpu::Stores::cached;
   const int64_t blocks = blocks_of(n, blocksize), block_bytes = blocksize * bytes / std::max<int64_t>(1, n);
   parallel_for(blocks, std::max<int64_t>(1, kGrainElements / blocksize), [&](int64_t begin, int64_t end) {
     pages.map(begin * block_bytes, end * block_bytes);
-    f(cpu::Range{begin, end});
+    f(cpu::Range{begin, end}, stores);
   });
 }
 
@@ -29,14 +30,14 @@ template <class F> void for_blocks(int64_t n, int64_t blocksize, void* out, int6
 void quantize_4bit(const Quantize4bit& d) {
   check_arguments(d);
   const auto& kernels = cpu::active();
-  for_blocks(d.x.size, d.blocksize, d.codes.data(), packed_size(d.x.size), [&](cpu::Range blocks) { kernels.quantize_4bit(d, blocks); });
+  for_blocks(d.x.size, d.blocksize, d.codes.data(), packed_size(d.x.size), [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_4bit(d, blocks); });
 }
 
 void dequantize_4bit(const Dequantize4bit& d) {
   check_arguments(d);
   const auto& kernels = cpu::active();
   for_blocks(d.out.size, d.blocksize, d.out.data, d.out.size * size_of(d.out.dtype),
-             [&](cpu::Range blocks) { kernels.dequantize_4bit(d, blocks); });
+             [&](cpu::Range blocks, cpu::Stores stores) { kernels.dequantize_4bit(d, stores, blocks); });
 }
 
 void quantize_blockwise(const QuantizeBlockwise& d) {
@@ -45,14 +46,14 @@ void quantize_blockwise(const QuantizeBlockwise& d) {
   if (d.x.size == 0) return;
   const auto& kernels = cpu::active();
   const auto encoder = cpu::encoder_for(d.code, d.x.size);
-  for_blocks(d.x.size, d.blocksize, d.codes.data(), d.x.size, [&](cpu::Range blocks) { kernels.quantize_blockwise(d, *encoder, blocks); });
+  for_blocks(d.x.size, d.blocksize, d.codes.data(), d.x.size, [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_blockwise(d, *encoder, blocks); });
 }
 
 void dequantize_blockwise(const DequantizeBlockwise& d) {
   check_arguments(d);
   const auto& kernels = cpu::active();
   for_blocks(d.out.size, d.blocksize, d.out.data, d.out.size * size_of(d.out.dtype),
-             [&](cpu::Range blocks) { kernels.dequantize_blockwise(d, blocks); });
+             [&](cpu::Range blocks, cpu::Stores stores) { kernels.dequantize_blockwise(d, stores, blocks); });
 }
 
 void gemm_4bit(const Gemm4bit& d) {

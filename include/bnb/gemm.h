@@ -4,7 +4,9 @@
 // The arithmetic follows the type of `a`:
 //   f32         w = fp32(value * absmax), products and sums in fp32
 //   bf16, f16   w is rounded once to that type, exactly what dequantize_4bit gives; products exact, sums in fp32, one rounding at the end
-// Row i of y depends on row i of a alone: neither on m nor on the number of threads.
+// A single row may instead be multiplied by fp32(value) and absmax, neither rounded nor multiplied first, where that is faster by more than
+// a tenth (AVX-512 without bf16 dot products, and AMX); `batch_invariant` forbids it.
+// Nothing depends on the number of threads. With `batch_invariant`, and for m > 1 without it, row i of y depends on row i of a alone.
 // Reads n * k / 2 bytes of codes and 4 bytes per block (nested: 1) once, whatever m is. Work: 2 m n k operations.
 #pragma once
 
@@ -40,6 +42,7 @@ struct Gemm4bit {
   Absmax absmax = {};
   ConstView bias = {};  // n elements, of any type; empty: none
   View out = {};        // m * n, of a's type
+  bool batch_invariant = false;
 };
 void gemm_4bit(const Gemm4bit&);
 

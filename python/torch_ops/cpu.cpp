@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 
 #include "box.h"
 #include "check.h"
@@ -14,13 +15,31 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
+// torch gives every thread one range of equal length. Threads take quarters of such a range from a common counter instead, so that none
+// waits for one that was late or slow.
 void torch_parallel(int64_t count, int64_t grain, ParallelBody body, void* context) {
   struct Job {
     ParallelBody body;
     void* context;
-  } job{body, context};
-  const auto run = [](int64_t begin, int64_t end, void* j) { static_cast<Job*>(j)->body(static_cast<Job*>(j)->context, begin, end); };
+    int64_t count, grain;
+    std::atomic<int64_t> next{0};
+  } job{body, context, count, grain};
+  const auto run = [](int64_t begin, int64_t end, void* j) {
+    auto& job = *static_cast<Job*>(j);
+    const int64_t chunk = std::max(job.grain, (end - begin) / 4 + 1);
+    for (int64_t i; (i = job.next.fetch_add(chunk)) < job.count;) job.body(job.context, i, std::min(i + chunk, job.count));
+  };
   STD_TORCH_CHECK(torch_parallel_for(0, count, grain, run, &job) == 0, "parallel_for failed");
+}
+
+// at::globalContext().deterministicAlgorithms(): the stable ABI has no query for it. Weak, so that a torch without these two symbols loads
+// all the same, and then always gets the invariant path.
+extern "C" {
+[[gnu::weak]] void* torch_global_context() __asm__("_ZN2at13globalContextEv");
+[[gnu::weak]] bool torch_deterministic_algorithms(const void* context) __asm__("_ZNK2at7Context23deterministicAlgorithmsEv");
+}
+bool deterministic_algorithms() {
+  return !torch_global_context || !torch_deterministic_algorithms || torch_deterministic_algorithms(torch_global_context());
 }
 
 // As Python writes it: float32, not Float.
@@ -229,6 +248,7 @@ struct Product {
   }
   void run_into(const Tensor& out) {
     args.product("out", d.m, d.n);
+    d.batch_invariant = deterministic_algorithms();
     d.out = args.output(out, a.scalar_type(), shape());
     bnb::gemm_4bit(d);
   }

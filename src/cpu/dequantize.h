@@ -8,9 +8,6 @@
 namespace bnb::cpu {
 namespace {
 
-// Outputs of at least this many bytes go past the caches: they would be evicted before anyone reads them.
-inline constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
 template <class Isa> struct Dequantize {
   // Reads 1 / per_byte, writes sizeof(T) per element. decode(codes, n, absmax, out) takes whole chunks.
   template <int per_byte, class Decode, class T>
@@ -41,8 +38,8 @@ template <class Isa> struct Dequantize {
       });
     });
   }
-  static void run_4bit(const Dequantize4bit& d, Range blocks) {
-    if (!streams(d.out)) return blocks_4bit<false>(d, blocks);
+  static void run_4bit(const Dequantize4bit& d, Stores stores, Range blocks) {
+    if (!streams(d.out, stores)) return blocks_4bit<false>(d, blocks);
     blocks_4bit<true>(d, blocks);
     Isa::fence();
   }
@@ -54,14 +51,14 @@ template <class Isa> struct Dequantize {
              d.out.size, d.blocksize, blocks);
     });
   }
-  static void run_blockwise(const DequantizeBlockwise& d, Range blocks) {
-    if (!streams(d.out)) return blocks_blockwise<false>(d, blocks);
+  static void run_blockwise(const DequantizeBlockwise& d, Stores stores, Range blocks) {
+    if (!streams(d.out, stores)) return blocks_blockwise<false>(d, blocks);
     blocks_blockwise<true>(d, blocks);
     Isa::fence();
   }
 
-  static bool streams(const View& out) {
-    return Isa::can_stream && out.size * size_of(out.dtype) >= kStreamBytes && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+  static bool streams(const View& out, Stores stores) {
+    return Isa::can_stream && stores == Stores::streaming && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include "gemm4_amx.h"
 #include "gemm4_dot.h"
+#include "gemm4_row.h"
 
 namespace bnb::cpu {
 namespace {
@@ -28,22 +29,42 @@ struct ProductOf<Isa, BFloat16> {
 };
 #endif
 
+// Where one row costs as much as sixteen (tiles) or weights are decoded in fp32 (plain AVX-512), few rows have a product of their own.
+template <class Isa, class T> struct RowProductOf {
+  using type = void;
+};
+#if defined(__AVX512F__)
+template <class Isa, class T>
+  requires(!has_bf16_dot<Isa>)
+struct RowProductOf<Isa, T> {
+  using type = RowGemm<Isa, T>;
+};
+#endif
+
 template <class Isa> class Gemm {
-  template <class T> using Product = typename ProductOf<Isa, T>::type;
+  // f<the product that serves d>()
+  template <class F> static auto with_product(const Gemm4bit& d, F&& f) {
+    return visit(d.a.dtype, [&]<class T>(T) {
+      using RowProduct = typename RowProductOf<Isa, T>::type;
+      if constexpr (!std::is_void_v<RowProduct>)
+        if (RowProduct::serves(d)) return f.template operator()<RowProduct>();
+      return f.template operator()<typename ProductOf<Isa, T>::type>();
+    });
+  }
 
  public:
   static constexpr int64_t column_step = 16;
   static int64_t pack_bytes(const Gemm4bit& d) {
-    return visit(d.a.dtype, [&]<class T>(T) { return Product<T>::pack_bytes(d); });
+    return with_product(d, [&]<class P>() { return P::pack_bytes(d); });
   }
   static int64_t pack_units(const Gemm4bit& d) {
-    return visit(d.a.dtype, [&]<class T>(T) { return Product<T>::pack_units(d); });
+    return with_product(d, [&]<class P>() { return P::pack_units(d); });
   }
   static void pack(const Gemm4bit& d, void* packed, Range units) {
-    visit(d.a.dtype, [&]<class T>(T) { Product<T>::pack(d, packed, units); });
+    with_product(d, [&]<class P>() { P::pack(d, packed, units); });
   }
   static void run(const Gemm4bit& d, const void* packed, Range columns) {
-    visit(d.a.dtype, [&]<class T>(T) { Product<T>::run(d, packed, columns); });
+    with_product(d, [&]<class P>() { P::run(d, packed, columns); });
   }
 };
 

@@ -55,6 +55,27 @@ template <class Isa> struct Bf16Math {
 };
 #endif
 
+// y[m .. m + count)[n .. n + columns) = sums + bias, without what lies beyond n.
+template <class T, int columns> void write_columns(const Gemm4bit& d, int64_t m, int64_t count, int64_t n, const float* sums) {
+  const int64_t inside = smaller(columns, d.n - n);
+  float bias[columns] = {};
+  if (d.bias.size != 0)
+    visit(d.bias.dtype, [&]<class B>(B) {
+      B values[columns] = {};
+      std::memcpy(values, static_cast<const B*>(d.bias.data) + n, static_cast<size_t>(inside) * sizeof(B));
+      for (int j = 0; j < columns; ++j) bias[j] = to_float(values[j]);
+    });
+  T* to = static_cast<T*>(d.out.data) + m * d.n + n;
+  for (int64_t i = 0; i < count; ++i, to += d.n, sums += columns) {
+    T out[columns];
+    for (int j = 0; j < columns; ++j) from_float(sums[j] + bias[j], out[j]);
+    if (inside == columns)
+      std::memcpy(to, out, sizeof(out));
+    else
+      std::memcpy(to, out, static_cast<size_t>(inside) * sizeof(T));
+  }
+}
+
 template <class Isa, class T, class Math> class DotGemm {
   using Element = typename Math::Element;
   using Vec = typename Math::Vec;
@@ -139,28 +160,7 @@ template <class Isa, class T, class Math> class DotGemm {
       }
       g = end;
     } while (g < groups_);
-    write(m, count, n, sums_);
-  }
-
-  // y[m .. m + count)[n .. n + 4) = sums + bias
-  void write(int64_t m, int64_t count, int64_t n, const float* sums) const {
-    const int64_t columns = smaller(columns_at_once, d_.n - n);
-    float bias[columns_at_once] = {};
-    if (d_.bias.size != 0)
-      visit(d_.bias.dtype, [&]<class B>(B) {
-        B values[columns_at_once] = {};
-        std::memcpy(values, static_cast<const B*>(d_.bias.data) + n, static_cast<size_t>(columns) * sizeof(B));
-        for (int j = 0; j < columns_at_once; ++j) bias[j] = to_float(values[j]);
-      });
-    T* to = static_cast<T*>(d_.out.data) + m * d_.n + n;
-    for (int64_t i = 0; i < count; ++i, to += d_.n, sums += columns_at_once) {
-      T out[columns_at_once];
-      for (int j = 0; j < columns_at_once; ++j) from_float(sums[j] + bias[j], out[j]);
-      if (columns == columns_at_once)
-        std::memcpy(to, out, sizeof(out));
-      else
-        std::memcpy(to, out, static_cast<size_t>(columns) * sizeof(T));
-    }
+    write_columns<T, columns_at_once>(d_, m, count, n, sums_);
   }
 
   // Rows [m, m + count) in near-equal tiles of at most `most` rows: f(first row, constant number of rows).

@@ -15,15 +15,18 @@ struct Range {
   int64_t begin = 0, end = 0;
 };
 
+// Whether large outputs go past the caches. Memory whose pages were mapped a moment ago is in the caches already.
+enum class Stores : uint8_t { cached, streaming };
+
 // The decision rule of a sorted 256-entry map, made once a call (src/cpu/codebook8.h).
 struct Encoder8;
 
 struct Kernels {
   std::string_view isa;
   void (*quantize_4bit)(const Quantize4bit&, Range blocks);
-  void (*dequantize_4bit)(const Dequantize4bit&, Range blocks);
+  void (*dequantize_4bit)(const Dequantize4bit&, Stores, Range blocks);
   void (*quantize_blockwise)(const QuantizeBlockwise&, const Encoder8&, Range blocks);
-  void (*dequantize_blockwise)(const DequantizeBlockwise&, Range blocks);
+  void (*dequantize_blockwise)(const DequantizeBlockwise&, Stores, Range blocks);
 
   // gemm_4bit in two steps: `pack` brings rows of a into the order and type in which `run` wants them (written to scratch of pack_bytes),
   // `run` computes columns [begin, end) of y for all m rows. Columns come in multiples of `column_step`, but for the last.

@@ -7,10 +7,13 @@
 
 namespace bnb::cpu {
 
+namespace {
+constexpr int64_t kWorth = int64_t{4} << 20;  // bytes from which on it pays to ask for pages, and to go past the caches
+}
+
 #if defined(__linux__)
 namespace {
 
-constexpr int64_t kWorth = int64_t{4} << 20;  // from here the calls pay for themselves
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older kernels refuse it and nothing is lost
 
@@ -32,7 +35,9 @@ void advise(uintptr_t begin, uintptr_t end, int advice) {
 }  // namespace
 
 OutputPages::OutputPages(void* data, int64_t bytes) : data_(static_cast<char*>(data)), bytes_(0) {
-  if (bytes < kWorth || is_mapped(data_ + bytes / 2)) return;
+  if (bytes < kWorth) return;
+  streams_ = is_mapped(data_ + bytes / 2);
+  if (streams_) return;
   bytes_ = bytes;
   const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + static_cast<uintptr_t>(bytes);
   advise((begin + kHugePage - 1) & -kHugePage, end & -kHugePage, MADV_HUGEPAGE);
@@ -45,7 +50,7 @@ void OutputPages::map(int64_t begin, int64_t end) const {
   advise((base + static_cast<uintptr_t>(begin)) & -page_size(), (last + page_size() - 1) & -page_size(), kPopulateWrite);
 }
 #else
-OutputPages::OutputPages(void* data, int64_t) : data_(static_cast<char*>(data)), bytes_(0) {}
+OutputPages::OutputPages(void* data, int64_t bytes) : data_(static_cast<char*>(data)), bytes_(0), streams_(bytes >= kWorth) {}
 void OutputPages::map(int64_t, int64_t) const {}
 #endif
 

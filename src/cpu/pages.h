@@ -11,10 +11,13 @@ class OutputPages {
   OutputPages(void* data, int64_t bytes);
   // Call before writing bytes [begin, end), from any thread. Does nothing where the memory is small or mapped already.
   void map(int64_t begin, int64_t end) const;
+  // Large and mapped already: what is written would be evicted before anyone reads it.
+  bool streams() const { return streams_; }
 
  private:
   char* data_;
   int64_t bytes_;  // 0: nothing to do
+  bool streams_ = false;
 };
 
 }  // namespace bnb::cpu

@@ -45,7 +45,8 @@ struct Weight {
   }
 };
 
-template <class T> std::vector<T> multiply(const Weight& w, const std::vector<T>& a, int64_t m, ConstView bias = {}, size_t offset = 0) {
+template <class T>
+std::vector<T> multiply(const Weight& w, const std::vector<T>& a, int64_t m, ConstView bias = {}, size_t offset = 0, bool invariant = true) {
   const Input<T> input(std::span<const T>(a).first(static_cast<size_t>(m * w.k)), offset);
   Output<T> out(m * w.n, offset);
   gemm_4bit({.type = w.type,
@@ -57,7 +58,8 @@ template <class T> std::vector<T> multiply(const Weight& w, const std::vector<T>
              .codes = w.codes,
              .absmax = w.given(),
              .bias = bias,
-             .out = out.view()});
+             .out = out.view(),
+             .batch_invariant = invariant});
   return out.values();
 }
 
@@ -65,10 +67,11 @@ template <class T> std::vector<T> multiply(const Weight& w, const std::vector<T>
 template <class T> constexpr double kNormLimit = sizeof(T) == 4 ? 1e-6 : std::is_same_v<T, Half> ? 5e-4 : 3e-3;
 
 // The result is the sum in fp64, but for the rounding of sums of k products (elementwise) and of the output.
-template <class T>
+// W: the type that weights are rounded to.
+template <class W, class T>
 ::testing::AssertionResult close(const std::vector<T>& y, const Weight& w, const std::vector<T>& a, int64_t m,
                                  const std::vector<double>& bias) {
-  const auto weights = w.decoded<T>();
+  const auto weights = w.decoded<W>();
   const double sum_error = static_cast<double>(w.k + 8) * 0x1p-24,
                rounding = sizeof(T) == 4 ? 0x1p-24 : std::ldexp(1, -1 - layout_of<T>.mantissa);
   double error = 0, norm = 0;
@@ -128,7 +131,15 @@ TYPED_TEST(Gemm, IsTheSumInDouble) {
       const auto& [view, values] = biases[seed / 4 % 4];
       SCOPED_TRACE(std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + ", blocks of " + std::to_string(blocksize) +
                    (w.nested ? ", nested" : "") + (values.empty() ? "" : ", bias " + std::string(name(view.dtype))));
-      for_each_isa([&] { EXPECT_TRUE(close(multiply(w, a, m, view, seed % 4), w, a, m, values)); });
+      for_each_isa([&] {
+        const auto y = multiply(w, a, m, view, seed % 4);
+        EXPECT_TRUE(close<TypeParam>(y, w, a, m, values));
+        const auto fast = multiply(w, a, m, view, seed % 4, false);
+        if (m == 1 && !same(fast, y))
+          EXPECT_TRUE(close<float>(fast, w, a, m, values));
+        else
+          EXPECT_TRUE(same(fast, y));
+      });
     }
 }
 
@@ -157,13 +168,15 @@ TYPED_TEST(Gemm, RowsDoNotDependOnTheBatch) {
 
 TYPED_TEST(Gemm, DoesNotDependOnThreads) {
   const Weight w(QuantType::fp4, 1000, 320, 64);
-  for (const int64_t m : {1, 3, 40}) {
-    const auto a = rounded_all<TypeParam>(normals(5, m * w.k));
-    for_each_isa([&] {
-      const auto expected = multiply(w, a, m);
-      for_each_schedule([&](std::string_view schedule) { EXPECT_TRUE(same(multiply(w, a, m), expected)) << schedule; });
-    });
-  }
+  for (const int64_t m : {1, 3, 40})
+    for (const bool invariant : {false, true}) {
+      const auto a = rounded_all<TypeParam>(normals(5, m * w.k));
+      const auto y = [&] { return multiply(w, a, m, {}, 0, invariant); };
+      for_each_isa([&] {
+        const auto expected = y();
+        for_each_schedule([&](std::string_view schedule) { EXPECT_TRUE(same(y(), expected)) << schedule; });
+      });
+    }
 }
 
 // Nested statistics are those of the header, to the bit.
@@ -175,9 +188,9 @@ TYPED_TEST(Gemm, NestedAbsmaxIsTheSameProduct) {
         const auto a = rounded_all<TypeParam>(normals(5, m * k));
         for_each_isa([&] {
           w.nested = true;
-          const auto nested = multiply(w, a, m);
+          const auto nested = multiply(w, a, m, {}, 0, m > 1);
           w.nested = false;
-          EXPECT_TRUE(same(multiply(w, a, m), nested)) << n << "x" << k << " in " << blocksize << ", m = " << m;
+          EXPECT_TRUE(same(multiply(w, a, m, {}, 0, m > 1), nested)) << n << "x" << k << " in " << blocksize << ", m = " << m;
         });
       }
     }
@@ -274,7 +287,7 @@ RC_GTEST_PROP(GemmProperty, AnySize, ()) {
     const auto a = rounded_all<T>(floats);
     for (const auto isa : supported_isas()) {
       const ForcedIsa forced(isa);
-      require(close(multiply(w, a, m, {}, offset), w, a, m, {}), std::string(isa) + " " + std::string(name(dtype_of<T>)));
+      require(close<T>(multiply(w, a, m, {}, offset), w, a, m, {}), std::string(isa) + " " + std::string(name(dtype_of<T>)));
     }
   };
   check(float{}), check(Half{}), check(BFloat16{});

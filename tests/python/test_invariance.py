@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import pytest
 import reference as ref
@@ -25,8 +26,16 @@ def layer(n: int, k: int, dtype: torch.dtype, quant_type: str = "nf4", nested: b
     )
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(256, 512), (77, 129), (576, 1536)], ids=str)
+@pytest.mark.usefixtures("deterministic")
 @torch.no_grad()
 def test_row_does_not_depend_on_its_batch(shape: tuple[int, int], dtype: torch.dtype) -> None:
     linear = layer(*shape, dtype)
@@ -37,6 +46,20 @@ def test_row_does_not_depend_on_its_batch(shape: tuple[int, int], dtype: torch.d
         ref.assert_bits(linear(x[-m:]), rows[-m:])
     ref.assert_bits(linear(x[:6].view(2, 3, -1)).view(6, -1), rows[:6])
     ref.assert_bits(linear(x[0]), rows[0])
+
+
+@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
+@torch.no_grad()
+def test_several_rows_do_not_depend_on_their_batch_by_default(dtype: torch.dtype) -> None:
+    """A product of its own for a single row is all that deterministic algorithms turn off."""
+    linear = layer(256, 512, dtype)
+    x = torch.randn(max(M), 512).to(dtype)
+    rows = torch.cat([linear(pair) for pair in x[:256].split(2)])
+    for m in M[1:-1]:
+        ref.assert_bits(linear(x[:m]), rows[:m])
+    near = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 3e-3}[dtype]
+    single, together = linear(x[:1]).double(), rows[:1].double()
+    assert (single - together).norm() <= 2 * near * together.norm()
 
 
 @pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
@@ -112,11 +135,15 @@ for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat
         y = linear(x).detach()
         error = ref.relative_error(y, x.double() @ w.t() + linear.bias.double())
         assert error < bound, (dtype, shape, error)
+        error = ref.relative_error(linear(x[0]).detach(), x[0].double() @ w.t() + linear.bias.double())
+        assert error < bound, (dtype, shape, error)
+        torch.use_deterministic_algorithms(True)
         for m in (1, 2, 3, 8, 17, 33):
             ref.assert_bits(linear(x[:m]).detach(), y[:m])
         torch.set_num_threads(1)
         ref.assert_bits(linear(x).detach(), y)
         torch.set_num_threads(2)
+        torch.use_deterministic_algorithms(False)
 print("right")
 """
     for isa in isas:
