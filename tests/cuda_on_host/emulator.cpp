@@ -204,13 +204,10 @@ void Machine::lay_shared() {
 void Machine::check_canary() {
 #if !BNB_ASAN
   const auto intact = [](std::byte b) { return b == kCanary; };
-  const auto* end = shared + shared_size;
-  const auto* below = std::find_if_not(shared - kGuard, shared, intact);
-  const auto* above = std::find_if_not(end, end + kGuard, intact);
-  if (below != shared) throw Fault(heading() + ": wrote " + std::to_string(shared - below) + " bytes before its shared memory");
-  if (above != end + kGuard)
-    throw Fault(heading() + ": wrote " + std::to_string(above - end) + " bytes behind its " + std::to_string(shared_size) +
-                " bytes of shared memory");
+  for (const auto* zone : {shared - kGuard, shared + shared_size})
+    if (const auto* at = std::find_if_not(zone, zone + kGuard, intact); at != zone + kGuard)
+      throw Fault(heading() + ": wrote outside its " + std::to_string(shared_size) + " bytes of shared memory, at byte " +
+                  std::to_string(at - shared));
 #endif
 }
 
