@@ -180,7 +180,10 @@ TEST(CudaOnHost, WrongAccessesAreReported) {
   expect_fault({"thread 7:", "asks for 513 bytes of shared memory, launched with 512"}, launch, touch<kTooMuch>, x, y);
 }
 
-BNB_KERNEL(32, 1) overrun(int at) { dev::shared<float[32]>()[at + static_cast<int>(dev::thread())] = 1; }
+BNB_KERNEL(32, 1) overrun(int at) {
+  float* s = dev::shared<float[32]>();
+  s[at + static_cast<int>(dev::thread())] = 1;
+}
 TEST(CudaOnHost, AnOverrunOfAnArrayIsReported) {
   dev::launch(planted(32, 128), overrun, 0);
 #if defined(__SANITIZE_ADDRESS__)
