@@ -1,5 +1,5 @@
-"""The kernels reach their device through src/cuda/device.cuh and ptx.cuh alone: no other name of CUDA or HIP, so that the same files run on
-the host and build for both. Usage: check_device_names.py src/cuda"""
+"""The kernels reach their device through src/cuda/device.cuh and ptx.cuh alone: no other name of CUDA or HIP, so that
+the same files run on the host and build for both. Usage: check_device_names.py src/cuda"""
 
 import pathlib
 import re
