@@ -87,8 +87,8 @@ def main() -> None:
         lines = [
             "# Registers of the CUDA kernels",
             "",
-            f"Registers of a thread by architecture, as ptxas of CUDA {version[1] if version else '?'} allots them; made",
-            "by `./dev registers`, which fails if a kernel spills. Shared memory is asked for at each launch, none is static.",
+            f"Registers of a thread by architecture, as ptxas of CUDA {version[1] if version else '?'} allots them.",
+            "Made by `./dev registers`, which fails if a kernel spills. No shared memory is static.",
             "",
             "| File | Kernel | " + " | ".join(f"sm_{arch}" for arch in options.arch) + " |",
             "|---|---|" + "---:|" * len(options.arch),
