@@ -22,9 +22,8 @@ FLAT = 1 << 22
 class Case:
     name: str
     make: Callable[[], Call]  # prepares the data, gives the call to be timed
-    bound: str = (
-        ""  # which limit it is held against: read, copy, cache (bytes); fma, bf16 (operations); "": call overhead
-    )
+    # The limit it is held against: read, copy, cache, fresh (bytes); fma, bf16 (operations); "": call overhead.
+    bound: str = ""
     bytes: float = 0
     flops: float = 0
     reach: float | None = None
@@ -67,7 +66,9 @@ def dequantize(kind: str, dtype: str, reach: float | None) -> Case:
         return lambda: F.dequantize_4bit(packed, state)
 
     n = SQUARE[0] * SQUARE[1]
-    return Case(f"dequantize_4bit {kind} 4096x4096 {dtype}", make, "copy", n * (SIZE[dtype] + 0.5 + SCALE), reach=reach)
+    return Case(
+        f"dequantize_4bit {kind} 4096x4096 {dtype}", make, "fresh", n * (SIZE[dtype] + 0.5 + SCALE), reach=reach
+    )
 
 
 def quantize_blockwise(dtype: str, reach: float) -> Case:
@@ -112,7 +113,14 @@ def _matmul_bytes(dtype: str, m: int, n: int, k: int, weight: float = 0.5 + SCAL
 
 
 def linear(
-    dtype: str, m: int, reach: float | None, n: int = 4096, k: int = 4096, bound: str = "", layers: int = 1
+    dtype: str,
+    m: int,
+    reach: float | None,
+    n: int = 4096,
+    k: int = 4096,
+    bound: str = "",
+    layers: int = 1,
+    deterministic: bool = False,
 ) -> Case:
     def make() -> Call:
         import torch
@@ -125,9 +133,14 @@ def linear(
                 for layer in stack:
                     layer(x)
 
-        return call
+        def deterministic_call() -> None:
+            torch.use_deterministic_algorithms(True)
+            call()
+            torch.use_deterministic_algorithms(False)
 
-    name = _linear_name(dtype, m, n, k) + f" {layers} layers in turn" * (layers > 1)
+        return deterministic_call if deterministic else call
+
+    name = _linear_name(dtype, m, n, k) + f" {layers} layers in turn" * (layers > 1) + " deterministic" * deterministic
     return Case(name, make, bound, layers * _matmul_bytes(dtype, m, n, k), layers * 2.0 * m * n * k, reach)
 
 
@@ -199,6 +212,8 @@ CASES: tuple[Case, ...] = (
     dequantize_blockwise("bf16", 2.5),
     linear("bf16", 1, 1.25, bound="cache"),
     linear("bf16", 1, 1.25, bound="read", layers=20),
+    linear("bf16", 1, None, bound="cache", deterministic=True),
+    linear("bf16", 1, None, bound="read", layers=20, deterministic=True),
     linear("bf16", 8, 1.3, bound="cache"),
     linear("bf16", 32, 1.35, bound="bf16"),
     linear("bf16", 128, 1.35, bound="bf16"),

@@ -1,7 +1,9 @@
 // What this machine can do, for the percentages of the benchmark: prints one JSON object
-//   {"threads": {"1": {"read": GB/s, "copy": GB/s, "write": GB/s, "cache": GB/s, "fma": GFLOP/s, "bf16": GFLOP/s}, "2": {...}},
+//   {"threads": {"1": {"read": GB/s, "copy": GB/s, "write": GB/s, "cache": GB/s, "fresh": GB/s, "fma": GFLOP/s, "bf16": GFLOP/s}, "2":
+//   ...},
 //    "fma_isa": "avx512f", "bf16_isa": "amx"}
 // read   reading 256 MiB                        write  non-temporal stores to 256 MiB of mapped pages
+// fresh  writing 32 MiB that were not mapped before, in huge pages, mapping and unmapping included
 // copy   non-temporal copy, read + written      cache  reading 8 MiB again and again (the weights of one 4096x4096 4-bit layer)
 // fma    fp32 multiply-adds in registers        bf16   the best of fma, vdpbf16ps and tdpbf16ps, products of bf16 with fp32 sums
 // Each figure is the best of several runs. Usage: bnb_limits [threads ...]
@@ -19,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include <sys/mman.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -28,7 +31,8 @@
 
 namespace {
 
-constexpr size_t kBytes = size_t{256} << 20, kCacheBytes = size_t{8} << 20;
+constexpr size_t kBytes = size_t{256} << 20, kCacheBytes = size_t{8} << 20, kFreshBytes = size_t{32} << 20, kHugePage = size_t{2} << 20;
+constexpr size_t kAhead = 8192;  // bytes between a prefetch and its use
 constexpr int64_t kSteps = 1 << 19;
 
 struct Free {
@@ -37,7 +41,8 @@ struct Free {
 using Buffer = std::unique_ptr<char, Free>;
 
 Buffer buffer(size_t bytes, int fill) {
-  Buffer p(static_cast<char*>(std::aligned_alloc(4096, bytes)));
+  Buffer p(static_cast<char*>(std::aligned_alloc(kHugePage, bytes)));
+  (void)madvise(p.get(), bytes, MADV_HUGEPAGE);
   std::memset(p.get(), fill, bytes);
   return p;
 }
@@ -46,15 +51,35 @@ struct Range {
   size_t begin, end;
 };
 
-// Seconds of the fastest of `repeats` runs of body(thread) on `threads` threads.
-double best(int threads, int repeats, const std::function<void(int)>& body) {
+// Memory that has no pages yet.
+class Fresh {
+ public:
+  Fresh() : map_(static_cast<char*>(mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
+    if (map_ == MAP_FAILED) std::abort();
+    data_ = map_ + (kHugePage - reinterpret_cast<uintptr_t>(map_) % kHugePage) % kHugePage;
+    (void)madvise(data_, kFreshBytes, MADV_HUGEPAGE);
+  }
+  ~Fresh() { munmap(map_, kSize); }
+  Fresh(const Fresh&) = delete;
+  Fresh& operator=(const Fresh&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  static constexpr size_t kSize = kFreshBytes + kHugePage;
+  char *map_, *data_;
+};
+
+// Seconds of the fastest of `repeats` runs of body(thread) on `threads` threads, each with an object of its own from `make`.
+double best(int threads, int repeats, const std::function<void(int)>& body, const std::function<std::shared_ptr<void>()>& make = {}) {
   double seconds = 1e30;
   for (int r = 0; r < repeats; ++r) {
     const auto start = std::chrono::steady_clock::now();
+    std::shared_ptr<void> made = make ? make() : nullptr;
     std::vector<std::thread> pool;
     for (int t = 1; t < threads; ++t) pool.emplace_back(body, t);
     body(0);
     for (auto& t : pool) t.join();
+    made.reset();
     seconds = std::min(seconds, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return seconds;
@@ -99,8 +124,10 @@ double fma_plain() {
 
 TARGET("avx2") uint64_t read_avx2(const char* p, size_t n) {
   __m256i s[4] = {};
-  for (size_t i = 0; i < n; i += 128)
+  for (size_t i = 0; i < n; i += 128) {
+    _mm_prefetch(p + i + kAhead, _MM_HINT_T1), _mm_prefetch(p + i + 64 + kAhead, _MM_HINT_T1);
     for (int k = 0; k < 4; ++k) s[k] = _mm256_add_epi64(s[k], _mm256_load_si256(reinterpret_cast<const __m256i*>(p + i + 32 * k)));
+  }
   const __m256i t = _mm256_add_epi64(_mm256_add_epi64(s[0], s[1]), _mm256_add_epi64(s[2], s[3]));
   return _mm256_extract_epi64(t, 0) + _mm256_extract_epi64(t, 1) + _mm256_extract_epi64(t, 2) + _mm256_extract_epi64(t, 3);
 }
@@ -126,7 +153,10 @@ TARGET("avx2,fma") double fma_avx2() {
 TARGET("avx512f") uint64_t read_avx512(const char* p, size_t n) {
   __m512i s[4] = {};
   for (size_t i = 0; i < n; i += 256)
-    for (int k = 0; k < 4; ++k) s[k] = _mm512_add_epi64(s[k], _mm512_load_si512(p + i + 64 * k));
+    for (int k = 0; k < 4; ++k) {
+      _mm_prefetch(p + i + 64 * k + kAhead, _MM_HINT_T1);
+      s[k] = _mm512_add_epi64(s[k], _mm512_load_si512(p + i + 64 * k));
+    }
   alignas(64) uint64_t lanes[8];
   _mm512_store_si512(lanes, _mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3])));
   return std::accumulate(lanes, lanes + 8, uint64_t{0});
@@ -229,9 +259,23 @@ int main(int argc, char** argv) {
     const double cache = rate(kTurns, kCacheBytes, 7, [&](Range r) {
       for (int i = 0; i < kTurns; ++i) sum += m.read(a.get() + r.begin, r.end - r.begin);
     });
+    double fresh = 0;  // one thread may be as fast as all
+    for (const int writers : {1, n}) {
+      std::shared_ptr<Fresh> memory;
+      const auto write_fresh = [&](int t) {
+        const size_t step = kFreshBytes / writers;
+        std::memset(memory->data() + t * step, 1, step);
+      };
+      const auto map = [&] {
+        memory = std::make_shared<Fresh>();
+        return std::shared_ptr<void>(nullptr, [&](void*) { memory.reset(); });
+      };
+      fresh = std::max(fresh, static_cast<double>(kFreshBytes) / best(writers, 15, write_fresh, map) / 1e9);
+    }
     const double fma = peak(m.fma), bf16 = std::max(fma, peak(m.bf16));
-    std::printf("%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"cache\": %.2f, \"fma\": %.1f, \"bf16\": %.1f}",
-                c ? ", " : "", n, read, copy, write, cache, fma, bf16);
+    std::printf(
+        "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"cache\": %.2f, \"fresh\": %.2f, \"fma\": %.1f, \"bf16\": %.1f}",
+        c ? ", " : "", n, read, copy, write, cache, fresh, fma, bf16);
   }
   std::printf("}, \"fma_isa\": \"%s\", \"bf16_isa\": \"%s\"}\n", m.fma_isa.c_str(), m.bf16_isa.c_str());
 }

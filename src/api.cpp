@@ -30,7 +30,8 @@ template <class F> void for_blocks(int64_t n, int64_t blocksize, void* out, int6
 void quantize_4bit(const Quantize4bit& d) {
   check_arguments(d);
   const auto& kernels = cpu::active();
-  for_blocks(d.x.size, d.blocksize, d.codes.data(), packed_size(d.x.size), [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_4bit(d, blocks); });
+  for_blocks(d.x.size, d.blocksize, d.codes.data(), packed_size(d.x.size),
+             [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_4bit(d, blocks); });
 }
 
 void dequantize_4bit(const Dequantize4bit& d) {
@@ -46,7 +47,8 @@ void quantize_blockwise(const QuantizeBlockwise& d) {
   if (d.x.size == 0) return;
   const auto& kernels = cpu::active();
   const auto encoder = cpu::encoder_for(d.code, d.x.size);
-  for_blocks(d.x.size, d.blocksize, d.codes.data(), d.x.size, [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_blockwise(d, *encoder, blocks); });
+  for_blocks(d.x.size, d.blocksize, d.codes.data(), d.x.size,
+             [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_blockwise(d, *encoder, blocks); });
 }
 
 void dequantize_blockwise(const DequantizeBlockwise& d) {

@@ -15,9 +15,10 @@ namespace bnb {
 class Checker {
  public:
   explicit Checker(std::string_view op) : op_(op) {}
+  std::string op() const { return std::string(op_); }
 
   template <class T> [[noreturn]] void fail(std::string_view argument, const T& given, std::string_view allowed) const {
-    std::string text(op_);
+    std::string text = op();
     text.append(": ").append(argument).append(" is ");
     if constexpr (std::is_arithmetic_v<T>)
       text += std::to_string(given);

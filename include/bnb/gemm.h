@@ -24,6 +24,7 @@ struct Absmax {
   std::span<const float> nested = {};   // blocks_of(codes.size(), nested_blocksize)
   int64_t nested_blocksize = 256;
   float offset = 0;
+  const float* device_offset = nullptr;  // on a GPU: where it holds the offset, null to take `offset`; the CPU does not look at it
 
   bool is_nested() const { return !codes.empty(); }
   float operator[](int64_t block) const {

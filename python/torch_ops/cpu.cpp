@@ -134,6 +134,8 @@ template <class T> std::span<T> write(const Tensor& t) {
   return {n ? static_cast<T*>(t.mutable_data_ptr()) : nullptr, n};
 }
 
+std::span<const int64_t> sizes(const Tensor& t) { return {t.sizes().data(), t.sizes().size()}; }
+
 int64_t item_size(ScalarType t) {
   return static_cast<int64_t>(aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(t))));
 }
@@ -147,8 +149,20 @@ std::span<uint8_t> mutable_bytes(const Tensor& t) {
   return {n ? static_cast<uint8_t*>(t.mutable_data_ptr()) : nullptr, static_cast<size_t>(n)};
 }
 
-Tensor new_empty(const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+// A contiguous tensor on the device of `like`. Past the dispatcher, which looks "aten::new_empty" up by name: 2 us less.
+Tensor new_empty(const Args& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {
+  Sizes strides(shape.size());
+  for (int64_t i = std::ssize(shape) - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(1, shape[static_cast<size_t>(i--)]))
+    strides[static_cast<size_t>(i)] = stride;
+  int32_t device = 0, index = 0;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  if (aoti_torch_empty_strided(std::ssize(shape), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, index, &made) != 0)
+    throw Error(Errc::out_of_memory,
+                args.op() + ": not enough memory for a result of shape " + Args::text(shape) + " in " + name_of(dtype));
+  return Tensor(made);
 }
 
 std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a, int64_t blocksize, const Str& quant_type, ScalarType storage) {
@@ -158,9 +172,9 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a, int64_t blocksize, con
   args.blocksize(blocksize);
   args.storage("quant_storage", storage);
   const int64_t packed = packed_size(d.x.size);
-  const Tensor absmax = new_empty(x, std::array{blocks_of(d.x.size, blocksize)}, ScalarType::Float);
+  const Tensor absmax = new_empty(args, x, std::array{blocks_of(d.x.size, blocksize)}, ScalarType::Float);
   // Whole storage elements; bytes behind the last code are zero.
-  const Tensor out = new_empty(x, std::array{blocks_of(packed, item_size(storage)), int64_t{1}}, storage);
+  const Tensor out = new_empty(args, x, std::array{blocks_of(packed, item_size(storage)), int64_t{1}}, storage);
   d.codes = mutable_bytes(out);
   d.absmax = write<float>(absmax);
   bnb::quantize_4bit(d);
@@ -183,7 +197,7 @@ Tensor dequantize_4bit(const Tensor& a, const Tensor& absmax, int64_t blocksize,
   args.float_type("dtype", dtype);
   const int64_t n = args.elements("shape", shape);
   args.size("A", bytes(args.packed("A", a)), packed_size(n));  // before memory of that size is asked for
-  const Tensor out = new_empty(a, shape, dtype);
+  const Tensor out = new_empty(args, a, shape, dtype);
   dequantize_4bit_out(a, absmax, blocksize, quant_type, shape, dtype, out);
   return out;
 }
@@ -193,8 +207,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& a, const Tensor& cod
   const Tensor x = args.input("A", a), map = args.map("code", code);
   args.blocksize(blocksize);
   const ConstView values = args.values("A", x);
-  const Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Byte);
-  const Tensor absmax = new_empty(x, std::array{blocks_of(values.size, blocksize)}, ScalarType::Float);
+  const Tensor out = new_empty(args, x, sizes(x), ScalarType::Byte);
+  const Tensor absmax = new_empty(args, x, std::array{blocks_of(values.size, blocksize)}, ScalarType::Float);
   bnb::quantize_blockwise({blocksize, read<float>(map), values, write<uint8_t>(out), write<float>(absmax)});
   return {out, absmax};
 }
@@ -213,7 +227,7 @@ Tensor dequantize_blockwise(const Tensor& a, const Tensor& absmax, const Tensor&
   args.float_type("dtype", dtype);
   args.type("A", a, ScalarType::Byte);
   args.on_cpu("A", a);
-  const Tensor out = torch::stable::new_empty(a, a.sizes(), dtype);
+  const Tensor out = new_empty(args, a, sizes(a), dtype);
   dequantize_blockwise_out(a, absmax, code, blocksize, dtype, out);
   return out;
 }
@@ -243,8 +257,9 @@ struct Product {
   }
   Tensor new_out() const {
     args.product("shapeB", d.n, d.k);
+    args.product("out", d.m, d.n);
     args.size("B", d.codes, packed_size(d.n * d.k));
-    return new_empty(a, shape(), a.scalar_type());
+    return new_empty(args, a, shape(), a.scalar_type());
   }
   void run_into(const Tensor& out) {
     args.product("out", d.m, d.n);

@@ -61,7 +61,8 @@ template <class Isa, class T> class RowGemm {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         // The permute looks at the low 4 bits.
-        const __m512 w = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, static_cast<unsigned>(4 * v)), values), xv = _mm512_load_ps(x + 16 * v);
+        const __m512 w = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, static_cast<unsigned>(4 * v)), values),
+                     xv = _mm512_load_ps(x + 16 * v);
         block = v == 0 ? _mm512_mul_ps(w, xv) : _mm512_fmadd_ps(w, xv, block);
       }
       sum = _mm512_fmadd_ps(block, scale, sum);

@@ -46,7 +46,8 @@ struct Weight {
 };
 
 template <class T>
-std::vector<T> multiply(const Weight& w, const std::vector<T>& a, int64_t m, ConstView bias = {}, size_t offset = 0, bool invariant = true) {
+std::vector<T> multiply(const Weight& w, const std::vector<T>& a, int64_t m, ConstView bias = {}, size_t offset = 0,
+                        bool invariant = true) {
   const Input<T> input(std::span<const T>(a).first(static_cast<size_t>(m * w.k)), offset);
   Output<T> out(m * w.n, offset);
   gemm_4bit({.type = w.type,

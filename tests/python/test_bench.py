@@ -16,7 +16,9 @@ RESULT: dict[str, Any] = {
     "titles": ["project", "reference"],
     "packages": {},
     "limits": {
-        "threads": {t: dict.fromkeys(("read", "copy", "write", "cache", "fma", "bf16"), 20.0) for t in ("1", "2")},
+        "threads": {
+            t: dict.fromkeys(("read", "copy", "write", "cache", "fresh", "fma", "bf16"), 20.0) for t in ("1", "2")
+        },
         "fma_isa": "avx2",
         "bf16_isa": "avx2",
     },
