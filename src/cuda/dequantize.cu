@@ -111,11 +111,20 @@ dequantize(const uint8_t* codes, int64_t n, int log2_blocksize, bool vectors, co
     const bool whole = vectors && span + kSpan<T> <= n;
     Codes packed[kUnits];
     float largest[kUnits];
-    BNB_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
-      const int64_t at = unit_begin<T>(span, u), byte = at / Decode::kPerByte;
-      packed[u] = whole ? dev::load_once<Codes>(codes + byte) : load_bytes<Codes>(codes, byte, code_bytes);
-      largest[u] = at < n ? absmax[at >> log2_blocksize] : 0;
+    if (whole) {
+      BNB_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        const int64_t at = unit_begin<T>(span, u);
+        packed[u] = dev::load_once<Codes>(codes + at / Decode::kPerByte);
+        largest[u] = absmax[at >> log2_blocksize];
+      }
+    } else {
+      BNB_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        const int64_t at = unit_begin<T>(span, u);
+        packed[u] = load_bytes<Codes>(codes, at / Decode::kPerByte, code_bytes);
+        largest[u] = at < n ? absmax[at >> log2_blocksize] : 0;
+      }
     }
     BNB_UNROLL
     for (int u = 0; u < kUnits; ++u) {

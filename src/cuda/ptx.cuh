@@ -170,6 +170,11 @@ BNB_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
 // Four bytes out of the eight of (low, high), chosen by the nibbles of `which`.
 BNB_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t which) { return __byte_perm(low, high, which); }
+// count + !(x <= y): one more where x is above y or NaN.
+BNB_DEVICE uint32_t count_above(uint32_t count, float x, float y) {
+  asm("{ .reg .pred above; setp.gtu.f32 above, %1, %2; @above add.u32 %0, %0, 1; }" : "+r"(count) : "f"(x), "f"(y));
+  return count;
+}
 // The greater of each half, both without sign: 16-bit integers, or floats of type T with NaN above all.
 template <class T> BNB_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
   uint32_t r;

@@ -73,7 +73,7 @@ template <class Format> struct Encode4 {
       for (int i = 0; i < n; ++i) {
         const uint32_t bucket = dev::float_bits(dev::fma_up(t[i], kScale, kMagic));
         const float at = dev::shuffle(threshold, bucket);
-        below_all = below_all * 16 + dev::shuffle(below, bucket) + (t[i] <= at ? 0 : 1);
+        below_all = dev::count_above(below_all * 16 + dev::shuffle(below, bucket), t[i], at);
       }
       const uint32_t codes = dev::permute(codes_of<Format>(below_all), 0, n == 8 ? 0x0123 : 0x4401);
       if constexpr (n == 8) return {codes};
@@ -103,14 +103,14 @@ struct Encode8 {
   bool want_buckets;
 
   struct Lane {
-    const Tables* tables;
-    const float* threshold;  // this lane's
+    const uint8_t* first;
+    const float (*threshold)[dev::kWarp];  // [code][0] is this lane's
     bool by_bucket;
 
     BNB_DEVICE uint32_t search(float t) const {
       uint32_t c = 0;
       BNB_UNROLL
-      for (uint32_t step = 128; step; step /= 2) c += t <= threshold[(c + step - 1) * dev::kWarp] ? 0 : step;
+      for (uint32_t step = 128; step; step /= 2) c += t <= threshold[c + step - 1][0] ? 0 : step;
       return c;
     }
     BNB_DEVICE static uint32_t bucket_of(float t) {
@@ -121,8 +121,8 @@ struct Encode8 {
       return static_cast<uint32_t>(key) | (bits >> 20 & kHalf);
     }
     BNB_DEVICE uint32_t lookup(float t) const {
-      const uint32_t c = tables->first[bucket_of(t)];
-      return c + (t > threshold[c * dev::kWarp] ? 1 : 0);
+      const uint32_t c = first[bucket_of(t)];
+      return c + (t > threshold[c][0] ? 1 : 0);
     }
     template <int n> BNB_DEVICE Bits<n> operator()(const float (&t)[n]) const {
       Bits<n> codes = {};
@@ -188,7 +188,7 @@ struct Encode8 {
 
   BNB_DEVICE Lane prepare(Tables& s) const {
     set_thresholds(s);
-    Lane lane{&s, &s.threshold[0][dev::lane()], false};
+    Lane lane{s.first, reinterpret_cast<const float (*)[dev::kWarp]>(&s.threshold[0][dev::lane()]), false};
     if (want_buckets) lane.by_bucket = set_buckets(s, lane);
     return lane;
   }
@@ -247,6 +247,26 @@ template <class T> BNB_DEVICE void largest_of_blocks(const Bits<16> (&raw)[kUnit
   }
 }
 
+template <class T, bool whole, class Encode>
+BNB_DEVICE void write_codes(const typename Encode::Lane& encode, const Bits<16> (&raw)[kUnits], const uint32_t (&absmax)[kUnits],
+                            int64_t span, int64_t n, uint8_t* codes) {
+  constexpr int kPer = kPerUnit<T>;
+  BNB_UNROLL
+  for (int u = 0; u < kUnits; ++u) {
+    const int64_t at = unit_begin<T>(span, u);
+    const float m = dev::bits_float(absmax[u]), inverse = dev::reciprocal(m < 1e-38f ? 1e-38f : m);
+    float t[kPer];
+    to_floats<T>(raw[u], t);
+    BNB_UNROLL
+    for (int i = 0; i < kPer; ++i) t[i] = whole || at + i < n ? dev::mul(t[i], inverse) : 0;
+    const auto packed = encode(t);
+    if constexpr (whole)
+      dev::store_once(codes + at / Encode::kPerByte, packed);
+    else
+      store_bytes(codes, at / Encode::kPerByte, (n + Encode::kPerByte - 1) / Encode::kPerByte, packed);
+  }
+}
+
 template <class Encode> struct Shared {
   typename Encode::Tables tables;
   uint32_t largest[2][Encode::kShape.warps()];  // of the warps' parts of large blocks; alternate between tiles
@@ -263,16 +283,18 @@ quantize(const uint8_t* x, int64_t n, int log2_blocksize, bool vectors, uint8_t*
   const int blocksize = 1 << log2_blocksize;
   const unsigned group = blocksize < kRow ? blocksize / kPer : dev::kWarp, warps = blocksize > kSpan<T> ? blocksize / kSpan<T> : 1;
   const int rows = blocksize < kRow ? 1 : blocksize < kSpan<T> ? blocksize / kRow : kUnits;
-  const int64_t blocks = (n + blocksize - 1) >> log2_blocksize, code_bytes = (n + Encode::kPerByte - 1) / Encode::kPerByte;
+  const int64_t blocks = (n + blocksize - 1) >> log2_blocksize;
   unsigned turn = 0;
   for (int64_t tile = dev::block().x; tile * kWarps * kSpan<T> < n; tile += dev::grid().x, turn ^= 1) {
     const int64_t span = (tile * kWarps + dev::warp()) * kSpan<T>;
     const bool whole = vectors && span + kSpan<T> <= n;
     Bits<16> raw[kUnits];
-    BNB_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
-      const int64_t at = unit_begin<T>(span, u) * sizeof(T);
-      raw[u] = whole ? dev::load_once<Bits<16>>(x + at) : load_bytes<Bits<16>>(x, at, n * sizeof(T));
+    if (whole) {
+      BNB_UNROLL
+      for (int u = 0; u < kUnits; ++u) raw[u] = dev::load_once<Bits<16>>(x + unit_begin<T>(span, u) * sizeof(T));
+    } else {
+      BNB_UNROLL
+      for (int u = 0; u < kUnits; ++u) raw[u] = load_bytes<Bits<16>>(x, unit_begin<T>(span, u) * sizeof(T), n * sizeof(T));
     }
 
     uint32_t largest[kUnits];
@@ -300,20 +322,10 @@ quantize(const uint8_t* x, int64_t n, int log2_blocksize, bool vectors, uint8_t*
     const int64_t b = (span >> log2_blocksize) + dev::lane() % group * (dev::kWarp / group) + dev::lane() / group;
     if (first_unit < kUnits && b < blocks && dev::warp() % warps == 0) absmax[b] = dev::bits_float(mine);
 
-    BNB_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
-      const int64_t at = unit_begin<T>(span, u);
-      const float m = dev::bits_float(largest[u]), inverse = dev::reciprocal(m < 1e-38f ? 1e-38f : m);
-      float t[kPer];
-      to_floats<T>(raw[u], t);
-      BNB_UNROLL
-      for (int i = 0; i < kPer; ++i) t[i] = whole || at + i < n ? dev::mul(t[i], inverse) : 0;
-      const auto packed = lane_encode(t);
-      if (whole)
-        dev::store_once(codes + at / Encode::kPerByte, packed);
-      else
-        store_bytes(codes, at / Encode::kPerByte, code_bytes, packed);
-    }
+    if (whole)
+      write_codes<T, true, Encode>(lane_encode, raw, largest, span, n, codes);
+    else
+      write_codes<T, false, Encode>(lane_encode, raw, largest, span, n, codes);
   }
 }
 

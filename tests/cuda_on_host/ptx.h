@@ -90,6 +90,7 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t which) {
   }
   return r;
 }
+inline uint32_t count_above(uint32_t count, float x, float y) { return x <= y ? count : count + 1; }
 template <class T> uint32_t max_halves(uint32_t a, uint32_t b) {
   return std::max(a & 0xffff, b & 0xffff) | std::max(a & 0xffff0000, b & 0xffff0000);
 }

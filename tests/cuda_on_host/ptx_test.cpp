@@ -167,6 +167,9 @@ TEST(Ptx, Integers) {
   EXPECT_EQ(dev::field(0xabcd1234, 8, 12), 0xd12u);
   EXPECT_EQ(dev::field(0xabcd1234, 28, 12), 0xau);
   EXPECT_EQ(dev::field(0xabcd1234, 0, 0), 0u);
+  EXPECT_EQ(dev::count_above(7, 1, 1), 7u);
+  EXPECT_EQ(dev::count_above(7, std::nextafter(1.0f, 2.0f), 1), 8u);
+  EXPECT_EQ(dev::count_above(7, NAN, INFINITY), 8u);
   EXPECT_EQ(dev::max_halves<BFloat16>(0x00017fff, 0x7f800002), 0x7f807fffu);
 }
 
