@@ -3,6 +3,7 @@ shared memory (the emulator cannot check it) and on a warning.
 
     cuda_registers.py 80 90a                 these architectures
     cuda_registers.py --table FILE [arch]    all that a release is built for, or those given; writes a Markdown table
+    cuda_registers.py 90a --only quantize    one file of src/cuda
 
 Uses nvcc from $NVCC or PATH. Compiles only: no GPU is needed."""
 
@@ -59,12 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arch", nargs="*", default=RELEASED)
     parser.add_argument("--table", type=pathlib.Path)
+    parser.add_argument("--only", default="*", help="a file of src/cuda, without its suffix; may have wildcards")
     options = parser.parse_args()
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if not nvcc:
         sys.exit("no nvcc: set NVCC or PATH")
 
-    sources = [source for source in sorted((ROOT / "src/cuda").glob("*.cu")) if "BNB_KERNEL" in source.read_text()]
+    sources = sorted((ROOT / "src/cuda").glob(f"{options.only}.cu"))
+    sources = [source for source in sources if "BNB_KERNEL" in source.read_text()]
     jobs = [(nvcc, source.relative_to(ROOT), arch) for source in sources for arch in options.arch]
     with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
         kernels = [k for found in pool.map(lambda job: compile_one(*job), jobs) for k in found]
