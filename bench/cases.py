@@ -22,7 +22,7 @@ FLAT = 1 << 22
 class Case:
     name: str
     make: Callable[[], Call]  # prepares the data, gives the call to be timed
-    # The limit it is held against: read, copy, cache, fresh (bytes); fma, bf16 (operations); "": call overhead.
+    # The limit it is held against: read, copy, cache, fresh32, fresh64 (bytes), fma, bf16 (operations), "" (the call).
     bound: str = ""
     bytes: float = 0
     flops: float = 0
@@ -67,7 +67,11 @@ def dequantize(kind: str, dtype: str, reach: float | None) -> Case:
 
     n = SQUARE[0] * SQUARE[1]
     return Case(
-        f"dequantize_4bit {kind} 4096x4096 {dtype}", make, "fresh", n * (SIZE[dtype] + 0.5 + SCALE), reach=reach
+        f"dequantize_4bit {kind} 4096x4096 {dtype}",
+        make,
+        f"fresh{16 * SIZE[dtype]}",
+        n * (SIZE[dtype] + 0.5 + SCALE),
+        reach=reach,
     )
 
 

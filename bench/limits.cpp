@@ -1,9 +1,10 @@
 // What this machine can do, for the percentages of the benchmark: prints one JSON object
-//   {"threads": {"1": {"read": GB/s, "copy": GB/s, "write": GB/s, "cache": GB/s, "fresh": GB/s, "fma": GFLOP/s, "bf16": GFLOP/s}, "2":
+//   {"threads": {"1": {"read": GB/s, "copy": GB/s, "write": GB/s, "cache": GB/s, "fresh32": GB/s, "fresh64": GB/s, "fma": GFLOP/s, "bf16":
+//   GFLOP/s}, "2":
 //   ...},
 //    "fma_isa": "avx512f", "bf16_isa": "amx"}
 // read   reading 256 MiB                        write  non-temporal stores to 256 MiB of mapped pages
-// fresh  writing 32 MiB that were not mapped before, in huge pages, mapping and unmapping included
+// fresh  writing 32 and 64 MiB that were not mapped before, in huge pages, mapping and unmapping included
 // copy   non-temporal copy, read + written      cache  reading 8 MiB again and again (the weights of one 4096x4096 4-bit layer)
 // fma    fp32 multiply-adds in registers        bf16   the best of fma, vdpbf16ps and tdpbf16ps, products of bf16 with fp32 sums
 // Each figure is the best of several runs. Usage: bnb_limits [threads ...]
@@ -31,7 +32,7 @@
 
 namespace {
 
-constexpr size_t kBytes = size_t{256} << 20, kCacheBytes = size_t{8} << 20, kFreshBytes = size_t{32} << 20, kHugePage = size_t{2} << 20;
+constexpr size_t kBytes = size_t{256} << 20, kCacheBytes = size_t{8} << 20, kHugePage = size_t{2} << 20;
 constexpr size_t kAhead = 8192;  // bytes between a prefetch and its use
 constexpr int64_t kSteps = 1 << 19;
 
@@ -54,18 +55,20 @@ struct Range {
 // Memory that has no pages yet.
 class Fresh {
  public:
-  Fresh() : map_(static_cast<char*>(mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
+  explicit Fresh(size_t bytes)
+      : size_(bytes + kHugePage),
+        map_(static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
     if (map_ == MAP_FAILED) std::abort();
     data_ = map_ + (kHugePage - reinterpret_cast<uintptr_t>(map_) % kHugePage) % kHugePage;
-    (void)madvise(data_, kFreshBytes, MADV_HUGEPAGE);
+    (void)madvise(data_, bytes, MADV_HUGEPAGE);
   }
-  ~Fresh() { munmap(map_, kSize); }
+  ~Fresh() { munmap(map_, size_); }
   Fresh(const Fresh&) = delete;
   Fresh& operator=(const Fresh&) = delete;
   char* data() const { return data_; }
 
  private:
-  static constexpr size_t kSize = kFreshBytes + kHugePage;
+  size_t size_;
   char *map_, *data_;
 };
 
@@ -259,23 +262,28 @@ int main(int argc, char** argv) {
     const double cache = rate(kTurns, kCacheBytes, 7, [&](Range r) {
       for (int i = 0; i < kTurns; ++i) sum += m.read(a.get() + r.begin, r.end - r.begin);
     });
-    double fresh = 0;  // one thread may be as fast as all
-    for (const int writers : {1, n}) {
-      std::shared_ptr<Fresh> memory;
-      const auto write_fresh = [&](int t) {
-        const size_t step = kFreshBytes / writers;
-        std::memset(memory->data() + t * step, 1, step);
-      };
-      const auto map = [&] {
-        memory = std::make_shared<Fresh>();
-        return std::shared_ptr<void>(nullptr, [&](void*) { memory.reset(); });
-      };
-      fresh = std::max(fresh, static_cast<double>(kFreshBytes) / best(writers, 15, write_fresh, map) / 1e9);
-    }
+    const auto fresh = [&](size_t bytes) {
+      double rate = 0;  // one thread may be as fast as all
+      for (const int writers : {1, n}) {
+        std::shared_ptr<Fresh> memory;
+        const auto write_fresh = [&](int t) {
+          const size_t step = bytes / writers;
+          std::memset(memory->data() + t * step, 1, step);
+        };
+        const auto map = [&] {
+          memory = std::make_shared<Fresh>(bytes);
+          return std::shared_ptr<void>(nullptr, [&](void*) { memory.reset(); });
+        };
+        rate = std::max(rate, static_cast<double>(bytes) / best(writers, 15, write_fresh, map) / 1e9);
+      }
+      return rate;
+    };
+    const double fresh32 = fresh(size_t{32} << 20), fresh64 = fresh(size_t{64} << 20);
     const double fma = peak(m.fma), bf16 = std::max(fma, peak(m.bf16));
     std::printf(
-        "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"cache\": %.2f, \"fresh\": %.2f, \"fma\": %.1f, \"bf16\": %.1f}",
-        c ? ", " : "", n, read, copy, write, cache, fresh, fma, bf16);
+        "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"cache\": %.2f, \"fresh32\": %.2f, \"fresh64\": %.2f, \"fma\": %.1f, "
+        "\"bf16\": %.1f}",
+        c ? ", " : "", n, read, copy, write, cache, fresh32, fresh64, fma, bf16);
   }
   std::printf("}, \"fma_isa\": \"%s\", \"bf16_isa\": \"%s\"}\n", m.fma_isa.c_str(), m.bf16_isa.c_str());
 }

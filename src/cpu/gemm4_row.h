@@ -30,6 +30,7 @@ template <class Isa, class T> class RowGemm {
       alignas(64) float x[step] = {};
       const int64_t count = smaller(step, d.k - k);
       for (int64_t i = 0; i < count; i += Isa::lanes) _mm512_store_ps(x + i, Isa::load(from + k + i));
+      if (count == kGroup) std::memcpy(x + kGroup, x, sizeof(x) / 2);  // the last group serves two columns of y at once
 #pragma GCC unroll 8
       for (int i = 0; i < vectors; ++i) _mm512_store_ps(to + 16 * i, _mm512_i32gather_ps(lanes, x + (i ^ 1), 4));
     }
@@ -38,47 +39,91 @@ template <class Isa, class T> class RowGemm {
   static void run(const Gemm4bit& d, const void* packed, Range columns) {
     const Decoder<Isa, FmaMath<Isa, T>> decoder(d);
     const Scratch scratch(decoder.scratch_floats(d, columns_at_once) * 4);
-    for (int64_t n = columns.begin; n < columns.end; n += columns_at_once) {
-      Row rows[columns_at_once];
-      decoder.template rows<Layout::groups>(n, columns_at_once, static_cast<float*>(scratch.data()), rows);
-      __m512 c[columns_at_once];
-#pragma GCC unroll 4
-      for (int j = 0; j < columns_at_once; ++j) c[j] = column(decoder.table(), rows[j], d.k, static_cast<const float*>(packed));
-      float sums[columns_at_once];
-      Gemm4Ops<Isa>::add_lanes(c[0], c[1], c[2], c[3], true, sums);
-      write_columns<T, columns_at_once>(d, 0, 1, n, sums);
+    for (int64_t n = columns.begin; n < columns.end; n += Isa::lanes) {
+      alignas(64) float sums[Isa::lanes] = {};
+      for (int64_t j = 0; j < Isa::lanes && n + j < columns.end; j += columns_at_once) {
+        Row rows[columns_at_once];
+        decoder.template rows<Layout::groups>(n + j, columns_at_once, static_cast<float*>(scratch.data()), rows);
+        columns_of(decoder.table(), rows, d.k, static_cast<const float*>(packed), sums + j);
+      }
+      write(d, n, sums);
     }
   }
 
  private:
-  [[gnu::noinline]] static __m512 column(__m512 values, const Row& row, int64_t k, const float* x) {
-    const uint8_t* codes = row.codes;
-    const float* absmax = row.absmax;
-    __m512 sum = _mm512_setzero_ps();
-    const auto add = [&](__m512i eight, __m512 scale) __attribute__((always_inline)) {
-      asm("" : "+v"(eight));  // in a register: GCC would load it anew for every shift
-      __m512 block;
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        // The permute looks at the low 4 bits.
-        const __m512 w = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, static_cast<unsigned>(4 * v)), values),
-                     xv = _mm512_load_ps(x + 16 * v);
-        block = v == 0 ? _mm512_mul_ps(w, xv) : _mm512_fmadd_ps(w, xv, block);
+  [[gnu::noinline]] static void columns_of(__m512 values, const Row (&rows)[columns_at_once], int64_t k, const float* x, float* sums) {
+    __m512 sum[columns_at_once];
+    for (auto& s : sum) s = _mm512_setzero_ps();
+    const int64_t whole = k / step;
+    for (int64_t i = 0; i < whole; ++i, x += step) {
+      __m512i eight[columns_at_once];
+#pragma GCC unroll 4
+      for (int j = 0; j < columns_at_once; ++j) {
+        const uint8_t* codes = rows[j].codes + i * (step / 2);
+        __builtin_prefetch(codes + ahead, 0, 2);
+        eight[j] = _mm512_loadu_si512(codes);
       }
-      sum = _mm512_fmadd_ps(block, scale, sum);
-    };
-    const auto scale = [](const float* first, const float* second) __attribute__((always_inline)) {
-      return _mm512_mask_broadcastss_ps(_mm512_set1_ps(*first), 0xff00, _mm_load_ss(second));
-    };
-    for (; k > step; k -= step, codes += step / 2, absmax += 2, x += step) {
-      __builtin_prefetch(codes + ahead, 0, 2);
-      add(_mm512_loadu_si512(codes), scale(absmax, absmax + 1));
+      __m512 block[columns_at_once];
+      multiply(values, eight, x, block);
+#pragma GCC unroll 4
+      for (int j = 0; j < columns_at_once; ++j) sum[j] = _mm512_fmadd_ps(block[j], scale(rows[j].absmax + 2 * i, 1), sum[j]);
     }
-    if (k == step)
-      add(_mm512_loadu_si512(codes), scale(absmax, absmax + 1));
-    else if (k > 0)
-      add(_mm512_maskz_loadu_epi32(0x00ff, codes), scale(absmax, absmax));
-    return sum;
+    if (k % step != 0) {  // one group: that of rows j and j + 1 in the halves of a vector
+      __m512i eight[columns_at_once / 2];
+#pragma GCC unroll 2
+      for (int j = 0; j < columns_at_once / 2; ++j)
+        eight[j] = _mm512_inserti64x4(
+            _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[2 * j].codes + whole * (step / 2)))),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[2 * j + 1].codes + whole * (step / 2))), 1);
+      __m512 block[columns_at_once / 2];
+      multiply(values, eight, x, block);
+#pragma GCC unroll 2
+      for (int j = 0; j < columns_at_once / 2; ++j) {
+        const float *first = rows[2 * j].absmax + 2 * whole, *second = rows[2 * j + 1].absmax + 2 * whole;
+        const __m512 product = _mm512_mul_ps(block[j], scale(first, second - first));
+        sum[2 * j] = _mm512_mask_add_ps(sum[2 * j], 0x00ff, sum[2 * j], product);
+        sum[2 * j + 1] = _mm512_mask_add_ps(sum[2 * j + 1], 0xff00, sum[2 * j + 1], product);
+      }
+    }
+    Gemm4Ops<Isa>::add_lanes(sum[0], sum[1], sum[2], sum[3], true, sums);
+  }
+
+  // block[j] = sum over nibbles of value * x
+  template <int count> BNB_INLINE static void multiply(__m512 values, __m512i (&eight)[count], const float* x, __m512 (&block)[count]) {
+#pragma GCC unroll 4
+    for (auto& e : eight) asm("" : "+v"(e));  // in a register: GCC would load it anew for every shift
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const __m512 xv = _mm512_load_ps(x + 16 * v);
+#pragma GCC unroll 4
+      for (int j = 0; j < count; ++j) {
+        // The permute looks at the low 4 bits.
+        const __m512 w = _mm512_permutexvar_ps(_mm512_srli_epi32(eight[j], static_cast<unsigned>(4 * v)), values);
+        block[j] = v == 0 ? _mm512_mul_ps(w, xv) : _mm512_fmadd_ps(w, xv, block[j]);
+      }
+    }
+  }
+
+  // y[n .. n + 16) = sums + bias, without what lies beyond n.
+  static void write(const Gemm4bit& d, int64_t n, const float* sums) {
+    T* to = static_cast<T*>(d.out.data) + n;
+    const int64_t count = smaller(Isa::lanes, d.n - n);
+    __m512 y = _mm512_load_ps(sums);
+    if (d.bias.size != 0)
+      visit(d.bias.dtype, [&]<class B>(B) {
+        B values[Isa::lanes] = {};
+        std::memcpy(values, static_cast<const B*>(d.bias.data) + n, static_cast<size_t>(count) * sizeof(B));
+        y = _mm512_add_ps(y, Isa::load(values));
+      });
+    if (count == Isa::lanes) return Isa::store(to, y);
+    T out[Isa::lanes];
+    Isa::store(out, y);
+    std::memcpy(to, out, static_cast<size_t>(count) * sizeof(T));
+  }
+
+  // absmax[0] in the lower half, absmax[second] in the upper one.
+  BNB_INLINE static __m512 scale(const float* absmax, int64_t second) {
+    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(absmax[0]), 0xff00, _mm_load_ss(absmax + second));
   }
 };
 

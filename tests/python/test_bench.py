@@ -17,7 +17,8 @@ RESULT: dict[str, Any] = {
     "packages": {},
     "limits": {
         "threads": {
-            t: dict.fromkeys(("read", "copy", "write", "cache", "fresh", "fma", "bf16"), 20.0) for t in ("1", "2")
+            t: dict.fromkeys(("read", "copy", "write", "cache", "fresh32", "fresh64", "fma", "bf16"), 20.0)
+            for t in ("1", "2")
         },
         "fma_isa": "avx2",
         "bf16_isa": "avx2",
