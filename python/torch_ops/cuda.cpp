@@ -1,0 +1,92 @@
+// torch.ops.bitsandbytes on CUDA GPUs: on torch's current stream, with memory of torch's allocator, without waiting for the device.
+//
+// Links the CPU half of torch only, so that it builds with any torch. The two functions of its CUDA half are looked up in the library that
+// made the tensors.
+#include <bnb/cuda.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "ops.h"
+
+namespace bnb::torch_ops {
+namespace {
+
+template <class F> F* torch_cuda_function(const char* name) {
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  return library ? reinterpret_cast<F*>(dlsym(library, name)) : nullptr;
+}
+
+cuda::Stream current_stream(int32_t device) {
+  static const auto get = torch_cuda_function<AOTITorchError(int32_t, void**)>("aoti_torch_get_current_cuda_stream");
+  cuda::Stream stream = nullptr;
+  if (!get || get(device, &stream) != 0) throw Error(Errc::unsupported, "bitsandbytes: this torch does not tell its current CUDA stream");
+  return stream;
+}
+
+// at::detail::empty_cuda(IntArrayRef, ScalarType, optional<Device>, optional<MemoryFormat>), which throws torch.OutOfMemoryError. The
+// stable ABI only says that an allocation failed.
+struct NewTensor {  // at::TensorBase
+  void* impl = nullptr;
+  NewTensor() = default;
+  ~NewTensor() {}  // not trivial: returned through memory
+};
+struct TensorDevice {  // c10::Device
+  int8_t type, index;
+};
+constexpr auto kEmptyCuda =
+    "_ZN2at6detail10empty_cudaEN3c108ArrayRefIlEENS1_10ScalarTypeESt8optionalINS1_6DeviceEES5_INS1_12MemoryFormatEE";
+using EmptyCuda = NewTensor(std::span<const int64_t>, ScalarType, std::optional<TensorDevice>, std::optional<int8_t>);
+
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& home) {
+    if (!home.is_cuda()) return;  // another argument is: holds() will refuse this one
+    index_ = home.get_device_index();
+    guard_.emplace(index_);
+    stream_ = current_stream(index_);
+  }
+  bool holds(const Tensor& t) const { return index_ >= 0 && t.is_cuda() && t.get_device_index() == index_; }
+  std::string text() const { return index_ < 0 ? "cuda" : "cuda:" + std::to_string(index_); }
+
+  AtenTensorHandle no_memory(std::span<const int64_t> shape, ScalarType dtype) const {
+    static const auto empty_cuda = torch_cuda_function<EmptyCuda>(kEmptyCuda);
+    if (!empty_cuda) return nullptr;
+    constexpr auto kType = static_cast<int8_t>(torch::headeronly::DeviceType::CUDA);
+    // A handle is a pointer to a tensor on the heap, which is one pointer to its implementation.
+    return reinterpret_cast<AtenTensorHandle>(
+        new NewTensor(empty_cuda(shape, dtype, TensorDevice{kType, static_cast<int8_t>(index_)}, std::nullopt)));
+  }
+
+  void quantize_4bit(const Quantize4bit& d) const { cuda::quantize_4bit(d, stream_); }
+  void dequantize_4bit(const Dequantize4bit& d) const { cuda::dequantize_4bit(d, stream_); }
+  void quantize_blockwise(const QuantizeBlockwise& d) const { cuda::quantize_blockwise(d, stream_); }
+  void dequantize_blockwise(const DequantizeBlockwise& d) const { cuda::dequantize_blockwise(d, stream_); }
+  void gemm_4bit(const Gemm4bit& d, auto&& allocate) const {
+    // Given back to torch's allocator when the call returns: it hands memory out again in the order of the stream.
+    std::optional<Tensor> workspace;
+    if (const int64_t bytes = cuda::gemm_4bit_workspace(d)) workspace = allocate(bytes);
+    cuda::gemm_4bit(d, workspace ? workspace->mutable_data_ptr() : nullptr, stream_);
+  }
+  void set_offset(Absmax& absmax, const Tensor& t) const { absmax.device_offset = read<float>(t).data(); }
+
+  Tensor on_host(const Tensor& t) const {
+    AtenTensorHandle made = nullptr;
+    constexpr int64_t kStride = 1;
+    const int64_t size = t.numel();
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(1, &size, &kStride, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
+    Tensor copy(made);
+    torch::stable::copy_(copy, t);
+    return copy;
+  }
+
+ private:
+  int32_t index_ = -1;
+  cuda::Stream stream_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) { register_kernels<Cuda>(m); }
+
+}  // namespace
+}  // namespace bnb::torch_ops
