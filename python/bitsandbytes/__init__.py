@@ -7,11 +7,13 @@ from pathlib import Path
 from . import functional, nn, utils
 from .autograd._functions import matmul_4bit
 from .backends.cpu import ops as cpu_ops
+from .backends.cuda import ops as cuda_ops
 from .backends.default import ops as default_ops
 from .nn import modules
 
 __all__ = [
     "cpu_ops",
+    "cuda_ops",
     "default_ops",
     "features",
     "functional",

@@ -1,8 +1,9 @@
-"""Finds and loads the native library, which registers the CPU kernels with torch."""
+"""Finds and loads the native libraries, one for each kind of device, which register their kernels with torch."""
 
 import os
 import struct
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,18 +12,45 @@ import torch
 from ._ops import SCHEMAS
 
 PACKAGE_DIR = Path(__file__).parent
-LIBRARY_NAME = "libbitsandbytes_cpu.so"
 
-BNB_BACKEND = "CPU"
 HIP_ENVIRONMENT = False
 ROCM_GPU_ARCH = "unknown"
 ROCM_WARP_SIZE_64 = False
 
 
+@dataclass(frozen=True)
+class Native:
+    """A kind of device that has a native library."""
+
+    device_type: str  # of torch
+    title: str
+    advice: str
+
+    @property
+    def key(self) -> str:
+        """Its dispatch key."""
+        return self.device_type.upper()
+
+    @property
+    def path(self) -> Path:
+        """BNB_<KEY>_LIBRARY, or the library beside this file."""
+        named = os.environ.get(f"BNB_{self.key}_LIBRARY")
+        return Path(named) if named else PACKAGE_DIR / f"libbitsandbytes_{self.device_type}.so"
+
+    def without_kernel(self) -> list[str]:
+        """Operators that have no kernel of their own for this kind of device."""
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        return [name for name in SCHEMAS if not has_kernel(f"bitsandbytes::{name}", self.key)]
+
+
+CPU = Native("cpu", "the CPU", "reinstalling bitsandbytes for this platform and version of torch may help")
+CUDA = Native("cuda", "CUDA devices", "building bitsandbytes with COMPUTE_BACKEND=cuda gives it one")
+
+
 class BNBNativeLibrary:
     """The loaded library; its kernels are reached through torch.ops.bitsandbytes."""
 
-    compiled_with_cuda = False
+    compiled_with_cuda = False  # or with another library beside it that is
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,29 +72,28 @@ class ErrorHandlerMockBNBNativeLibrary:
         raise RuntimeError(self.error_msg)
 
 
-def library_path() -> Path:
-    """BNB_CPU_LIBRARY, or the library beside this file."""
-    return Path(os.environ.get("BNB_CPU_LIBRARY") or PACKAGE_DIR / LIBRARY_NAME)
+def get_native_library(native: Native) -> BNBNativeLibrary | ErrorHandlerMockBNBNativeLibrary:
+    """The loaded library, if it has a kernel for every operator, else one that only raises.
 
-
-def get_native_library() -> BNBNativeLibrary | ErrorHandlerMockBNBNativeLibrary:
-    """The loaded library, if it has a CPU kernel for every operator; else, after a warning, one that only raises."""
-    path = library_path()
+    Warns in the latter case, unless it is the library of a GPU that is not there: then there may be no GPU either.
+    """
+    path = native.path
     reason = "there is no such file"
-    if path.is_file():
+    if found := path.is_file():
         try:
             _check_complete(path)
             library = BNBNativeLibrary(path)
-            if not (missing := without_kernel()):
+            if not (missing := native.without_kernel()):
                 return library
             reason = f"it has no kernel for {', '.join(missing)}"
         except OSError as error:
             reason = str(error)
     message = (
-        f"bitsandbytes cannot run on the CPU because its native library {path} is not usable ({reason}); "
-        "reinstalling bitsandbytes for this platform and version of torch may help."
+        f"bitsandbytes cannot run on {native.title} because its native library {path} is not usable ({reason}); "
+        f"{native.advice}."
     )
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if found or native is CPU:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return ErrorHandlerMockBNBNativeLibrary(message)
 
 
@@ -83,10 +110,8 @@ def _check_complete(path: Path) -> None:
         raise OSError(f"it ends at byte {size} of {sections + entry * count}")
 
 
-def without_kernel() -> list[str]:
-    """Operators that have no CPU kernel."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [name for name in SCHEMAS if not has_kernel(f"bitsandbytes::{name}", "CPU")]
-
-
-lib = get_native_library()
+lib = get_native_library(CPU)
+# Loading it neither needs a driver nor looks for a GPU.
+cuda_lib = get_native_library(CUDA) if torch.version.cuda else None
+lib.compiled_with_cuda = isinstance(cuda_lib, BNBNativeLibrary)
+BNB_BACKEND = "CUDA" if lib.compiled_with_cuda else "CPU"

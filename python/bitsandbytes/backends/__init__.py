@@ -1,1 +1,1 @@
-"""Kernels by device: cpu (native library) and default (pure torch, any other device)."""
+"""Kernels by device: cpu and cuda (native libraries) and default (pure torch, any other device)."""

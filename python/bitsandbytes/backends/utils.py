@@ -1,8 +1,11 @@
-"""The 4-bit maps as data, for backends in Python."""
+"""What backends in Python share: the 4-bit maps as data, and kernels that raise."""
 
 import functools
 
 import torch
+
+from .._ops import register_kernel
+from ..cextension import BNBNativeLibrary, ErrorHandlerMockBNBNativeLibrary, Native
 
 # fmt: off
 _NF4 = (  # QLoRA, arXiv 2305.14314, appendix E: quantiles of the normal distribution
@@ -38,3 +41,10 @@ CODE = {name: torch.tensor(values, dtype=torch.float32) for name, values in (("n
 @functools.cache
 def _get_4bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
     return CODE[quant_type].to(device)
+
+
+def refuse_without(library: BNBNativeLibrary | ErrorHandlerMockBNBNativeLibrary, native: Native) -> None:
+    """If the library could not be loaded, its operators raise the sentence that says why."""
+    if isinstance(library, ErrorHandlerMockBNBNativeLibrary):
+        for name in native.without_kernel():
+            register_kernel(f"bitsandbytes::{name}", native.device_type)(library.fail)

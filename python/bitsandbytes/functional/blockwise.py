@@ -13,7 +13,7 @@ _ops = torch.ops.bitsandbytes
 def _dynamic_map(device: torch.device) -> Tensor:
     if "dynamic" not in name2qmap:
         name2qmap["dynamic"] = create_dynamic_map()
-    return name2qmap["dynamic"].to(device)
+    return name2qmap["dynamic"].to(device, non_blocking=True)  # a constant need not be waited for
 
 
 def fill(op: str, name: str, given: Tensor | None, result: Tensor) -> Tensor:

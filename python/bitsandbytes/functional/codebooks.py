@@ -129,7 +129,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     if typename == "af4" and blocksize != 64:
         raise NotImplementedError(f"get_4bit_type: blocksize is {blocksize}, expected 64 for af4")
     if typename in CODE:
-        return CODE[typename].to(device, copy=True)
+        return CODE[typename].to(device, copy=True, non_blocking=True)  # constants need not be waited for
     if typename not in _OTHER_4BIT:
         known = ", ".join([*CODE, *_OTHER_4BIT])
         raise NotImplementedError(f"get_4bit_type: typename is {typename!r}, expected one of {known}")

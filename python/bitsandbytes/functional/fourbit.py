@@ -190,7 +190,4 @@ def gemv_4bit(
         raise ValueError(f"{op}: state is None, expected the QuantState from quantize_4bit")
     check.tensor(op, "A", A)
     check.tensor(op, "B", B)
-    check.one_of(op, "quant_type", state.quant_type, check.QUANT_TYPES)
-    code = get_4bit_type(str(state.quant_type), A.device) if state.code is None else state.code
-    result = _ops.gemv_4bit.default(A, B, state.shape, scales(state), code, state.blocksize)
-    return fill(op, "out", out, result)
+    return fill(op, "out", out, gemm_4bit(A, B, state))

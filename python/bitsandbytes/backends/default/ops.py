@@ -1,6 +1,6 @@
 """Every operator in plain torch, for any device that has no kernel of its own. Written for exact bytes, not for speed.
 
-The CPU never comes here: backends/cpu registers its own kernel, or one that says why there is none.
+The CPU and CUDA never come here: they have kernels of their own, or ones that say why there are none.
 """
 
 from collections.abc import Sequence
