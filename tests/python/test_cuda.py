@@ -26,9 +26,8 @@ SIZES = (0, 1, 2, 31, 63, 64, 65, 255, 4095, 4097, 1_000_003)
 BATCHES = (1, 2, 8, 16, 17, 48, 128, 512)
 ops = torch.ops.bitsandbytes
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.version.cuda is None, reason="needs a CUDA GPU and a torch with CUDA"
-)
+if not torch.cuda.is_available() or torch.version.cuda is None:
+    pytest.skip("needs a CUDA GPU and a torch with CUDA", allow_module_level=True)
 
 
 def there(value: Any, device: torch.device | str = GPU) -> Any:
