@@ -25,13 +25,19 @@ def listing(values: Sequence[Any]) -> str:
 
 
 def one_of(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if value not in allowed:
+    if value not in allowed or (isinstance(value, float) and isinstance(allowed[0], int)):  # 64.0 == 64
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {listing(allowed)}")
 
 
 def tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a torch.Tensor")
+
+
+def state(op: str, value: Any) -> None:
+    if not hasattr(value, "absmax"):
+        raise TypeError(f"{op}: quant_state is {type(value).__name__}, expected a QuantState")
+    tensor(op, "quant_state.absmax", value.absmax)
 
 
 def dtype(op: str, name: str, value: torch.Tensor, *allowed: torch.dtype) -> None:

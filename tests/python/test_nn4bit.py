@@ -427,3 +427,11 @@ def test_wrong_arguments_are_named(message: str, device: str) -> None:
             on_other_device(name, *args, *[None] * (10 - len(args) if name == "gemm_4bit" else 0))
         else:
             getattr(torch.ops.bitsandbytes, name)(*make(x.to("meta")))
+
+
+def test_float64_input_is_computed_in_float32() -> None:
+    linear = bnb.nn.Linear4bit(128, 64, quant_type="nf4").to("cpu")
+    x = torch.randn(3, 128, dtype=torch.float64)
+    y = linear(x)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, linear(x.float()).double())

@@ -11,6 +11,7 @@ import pytest
 import reference as ref
 import torch
 
+import bitsandbytes as bnb
 import bitsandbytes.functional as F
 from bitsandbytes.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
@@ -255,3 +256,33 @@ def test_parametrize_refuses_what_is_no_parameter() -> None:
         replace_parameter_4bit(module, "number")
     with pytest.raises(ValueError, match="quant_type"):
         replace_parameter_4bit(module, "w", quant_type="int4")
+
+
+@pytest.mark.parametrize("part", ["offset", "state2"])
+def test_incomplete_nested_state_is_refused(part: str) -> None:
+    packed, state = F.quantize_4bit(torch.randn(64, 128), compress_statistics=True, quant_type="nf4")
+    setattr(state, part, None)
+    with pytest.raises(ValueError, match=part):
+        F.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_packed_state_of_8_bits_round_trips(nested: bool) -> None:
+    codes, state = F.quantize_blockwise(torch.randn(64, 64), nested=nested)
+    again = F.QuantState.from_dict(state.as_dict(packed=True), torch.device("cpu"))
+    assert again == state
+    assert torch.equal(F.dequantize_blockwise(codes, again), F.dequantize_blockwise(codes, state))
+
+
+def test_wrong_states_are_named() -> None:
+    packed, state = F.quantize_4bit(torch.randn(64, 128))
+    x = torch.randn(3, 128)
+    for wrong in ("x", 5, [1, 2]):
+        with pytest.raises(TypeError, match="quant_state"):
+            F.dequantize_4bit(packed, wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="quant_state"):
+            bnb.matmul_4bit(x, packed.t(), wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="B is NoneType"):
+        bnb.matmul_4bit(x, None, state)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="blocksize is 64.0"):
+        F.quantize_4bit(x, blocksize=64.0)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from ..functional.blockwise import fill, scales
 from ..functional.fourbit import gemm_4bit
 from ..functional.quant_state import QuantState
@@ -71,6 +72,9 @@ def matmul_4bit(
     """
     if quant_state is None:
         raise ValueError("matmul_4bit: quant_state is None, expected the QuantState from quantize_4bit")
+    check.tensor("matmul_4bit", "A", A)
+    check.tensor("matmul_4bit", "B", B)
+    check.state("matmul_4bit", quant_state)
     if torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
         return MatMul4Bit.apply(A, B, out, bias, quant_state)
     y = gemm_4bit(A, B, quant_state, bias)

@@ -29,9 +29,16 @@ def fill(op: str, name: str, given: Tensor | None, result: Tensor) -> Tensor:
 
 def scales(state: QuantState) -> Tensor:
     """The fp32 scale of each block, decoded if they are quantized themselves."""
-    if not state.nested or state.state2 is None or state.offset is None:
-        return state.absmax if state.absmax.dtype == torch.float32 else state.absmax.float()
-    return dequantize_blockwise(state.absmax, state.state2) + state.offset
+    absmax = state.absmax
+    check.tensor("QuantState", "absmax", absmax)
+    if not state.nested:
+        if not absmax.is_floating_point():
+            raise ValueError(f"QuantState: absmax has dtype {check.listing([absmax.dtype])}, expected float32 scales")
+        return absmax if absmax.dtype == torch.float32 else absmax.float()
+    if state.state2 is None or state.offset is None:
+        lacking = "state2" if state.state2 is None else "offset"
+        raise ValueError(f"QuantState: {lacking} is None, expected both state2 and offset in a nested state")
+    return dequantize_blockwise(absmax, state.state2) + state.offset
 
 
 def quantize_blockwise(

@@ -90,6 +90,7 @@ def dequantize_4bit(
         check.tensor(op, "absmax", absmax)
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
+    check.state(op, quant_state)
     check.one_of(op, "quant_type", quant_state.quant_type, check.QUANT_TYPES)
     if quant_state.packing_format_for_cpu:
         A, quant_state = _convert_weight_packed_for_cpu_inverse(A, quant_state)

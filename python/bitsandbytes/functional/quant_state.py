@@ -75,7 +75,7 @@ class QuantState:
         packed = [
             k
             for k, v in qs_dict.items()
-            if isinstance(v, torch.Tensor) and k.rpartition(".")[2] in cls.valid_qs_type_keys
+            if isinstance(v, torch.Tensor) and k.rpartition(".")[2] in (*cls.valid_qs_type_keys, "bitsandbytes__None")
         ]
         if not packed and "quant_type" not in qs_dict:
             raise ValueError(

@@ -84,8 +84,8 @@ class Linear4bit(torch.nn.Linear):
 
     def set_compute_type(self, x: Tensor) -> None:
         """Settles compute_dtype by an input; fp16 leaves it open, and is then computed in fp16."""
-        if x.dtype in (torch.float32, torch.bfloat16):
-            self.compute_dtype = x.dtype
+        if x.dtype in (torch.float32, torch.bfloat16, torch.float64):
+            self.compute_dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
             self.compute_type_is_set = True
 
     def forward(self, x: Tensor) -> Tensor:
