@@ -284,5 +284,5 @@ def test_wrong_states_are_named() -> None:
             bnb.matmul_4bit(x, packed.t(), wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="B is NoneType"):
         bnb.matmul_4bit(x, None, state)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="blocksize is 64.0"):
+    with pytest.raises(ValueError, match=r"blocksize is 64\.0"):
         F.quantize_4bit(x, blocksize=64.0)  # type: ignore[arg-type]
