@@ -156,8 +156,8 @@ def copies_of(case: Case, l2_bytes: int) -> int:
     return max(3, min(64, math.ceil(3 * l2_bytes / case.bytes)))
 
 
-def seconds(case: Case, device: torch.device, rounds: int) -> float:
-    """Seconds a call, from the fastest replay of a graph."""
+def seconds(case: Case, device: torch.device, duration: float) -> float:
+    """Seconds a call, from the fastest replay of a graph within `duration`: long enough for clocks to rise."""
     first = case.make(device)
     count = copies_of(case, torch.cuda.get_device_properties(device).L2_cache_size)
     inputs = [first, *(tuple(t.clone() for t in first) for _ in range(count - 1))]
@@ -170,14 +170,14 @@ def seconds(case: Case, device: torch.device, rounds: int) -> float:
     with torch.no_grad(), torch.cuda.graph(graph):
         results += [case.call(*tensors) for tensors in inputs]
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    best = math.inf
-    for round_ in range(rounds + 2):
+    best, until = math.inf, time.perf_counter() + duration
+    while time.perf_counter() < until or best == math.inf:
+        graph.replay()  # so that the launch of the next one is not waited for
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        if round_ >= 2:
-            best = min(best, begin.elapsed_time(end) / 1e3 / count)
+        best = min(best, begin.elapsed_time(end) / 1e3 / count)
     return best
 
 
@@ -208,7 +208,7 @@ def host_times(device: torch.device) -> dict[str, float]:
     return found
 
 
-def worker(pattern: str, rounds: int, with_limits: bool) -> None:
+def worker(pattern: str, duration: float, with_limits: bool) -> None:
     """Measures the package of this process: one line of JSON a case."""
     device = torch.device("cuda", 0)
 
@@ -223,7 +223,7 @@ def worker(pattern: str, rounds: int, with_limits: bool) -> None:
         ours = not case.name.startswith(("torch", "copy"))
         if (ours or with_limits) and (not ours or re.search(pattern, case.name)):
             try:
-                emit(name=case.name, seconds=seconds(case, device, rounds))
+                emit(name=case.name, seconds=seconds(case, device, duration))
             except RuntimeError as error:  # the other cases count all the same
                 emit(name=case.name, error=str(error).splitlines()[0])
             torch.cuda.empty_cache()
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument(
         "filter", nargs="?", default="", help="regular expression: only cases whose name it is found in"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; for orientation")
+    parser.add_argument("--quick", action="store_true", help="less time a case; for orientation")
     parser.add_argument("--reference", type=Path, help="folder that holds the released package, to compare with")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="where JSON and table go")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -359,7 +359,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu: torch finds no CUDA GPU")
     if args.worker:
-        return worker(args.filter, 5 if args.quick else 20, args.limits)
+        return worker(args.filter, 0.03 if args.quick else 0.2, args.limits)
 
     begin = time.monotonic()
     cases = [copy_case(), *block_cases(), *product_cases()]
