@@ -323,24 +323,24 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def output(*command: str) -> str:
+    """What a program prints, "unknown" if it fails or is not there."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def machine() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        driver = ""
     return {
         "gpu": properties.name,
         "arch": f"sm_{properties.major}{properties.minor}",
         "sms": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
-        "driver": driver or "unknown",
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
