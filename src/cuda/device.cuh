@@ -68,6 +68,7 @@ void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
 #define BNB_HD __host__ __device__ __forceinline__
 #define BNB_TABLE __device__ constexpr  // in the memory of the device, for run-time indices
 #define BNB_UNROLL _Pragma("unroll")
+#define BNB_KEEP_LOOP _Pragma("unroll 1")
 
 namespace bnb::cuda::dev {
 

@@ -10,6 +10,7 @@
 #define BNB_HD inline
 #define BNB_TABLE inline constexpr
 #define BNB_UNROLL
+#define BNB_KEEP_LOOP
 #ifndef BNB_ARCH
 #define BNB_ARCH 90
 #endif
