@@ -1,7 +1,8 @@
 // gemm_4bit for few rows of a: y = a * W^T, W streamed once through registers into tensor cores.
 //
 // Reads 1/2 byte a weight and 4 bytes a block of W, each once, and a from the cache. Lower bound: those bytes at the bandwidth of memory,
-// 0.56 bytes a weight for blocks of 64. About 1.5 instructions and half an access to shared memory a weight.
+// 0.56 bytes a weight for blocks of 64. About 2 instructions and half an access to shared memory a weight. More than 32 rows take several
+// passes.
 //
 // 16 rows of W are the A operand of mma, 8 rows of a its B operand. A byte of codes is looked up as a pair of values; a scale is multiplied
 // to the fp32 sum of its block, not to weights, which are values rounded to T (gemm_4bit.cuh has the error).
