@@ -26,10 +26,10 @@ void quantize_blockwise(const QuantizeBlockwise&, Stream);
 void dequantize_blockwise(const DequantizeBlockwise&, Stream);
 
 // Sums are in fp32 and rounded once; the same call gives the same bytes. Exact weights, as dequantize_4bit has them, with `batch_invariant`
-// (then a row of y depends on its row of a alone), for fp32, and where the kernel has them; other kernels multiply values, rounded to a's type
-// after a stretch that makes their error small, and scale the sums of blocks by absmax. docs/NUMERICS.md has the errors.
-// `workspace` is device memory of gemm_4bit_workspace(d) bytes, 256-byte aligned, used until the stream has passed the call; null where 0
-// bytes are asked for.
+// (then a row of y depends on its row of a alone), for fp32, and where the kernel has them; other kernels multiply values, rounded to a's
+// type after a stretch that makes their error small, and scale the sums of blocks by absmax. docs/NUMERICS.md has the errors. `workspace`
+// is device memory of gemm_4bit_workspace(d) bytes, 256-byte aligned, used until the stream has passed the call; null where 0 bytes are
+// asked for.
 int64_t gemm_4bit_workspace(const Gemm4bit&);
 void gemm_4bit(const Gemm4bit&, void* workspace, Stream);
 // Which kernel does the call on the current device, its configuration and the estimate by which it was chosen.
