@@ -43,7 +43,7 @@ template <class T> class Problem {
 
   std::vector<T> run(const Plan& p) {
     const Workspace workspace(p.workspace);
-    std::ranges::fill(out_.span(), from_bits<T>(~uint64_t{0}));
+    if (d_.out.size) std::memset(d_.out.data, 0xff, static_cast<size_t>(d_.out.size) * sizeof(T));
     cuda::gemm4::run(p, d_, workspace.at, nullptr);
     return out_.values();
   }
