@@ -53,3 +53,11 @@ def reference_python() -> str:
     if not python:
         pytest.skip("BNB_REFERENCE_PYTHON is not set to an interpreter with bitsandbytes 0.50.2 (./dev test sets it)")
     return python
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Under which a row does not depend on its batch even if it is the only one."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import pytest
 import reference as ref
@@ -24,13 +23,6 @@ def layer(n: int, k: int, dtype: torch.dtype, quant_type: str = "nf4", nested: b
         .to("cpu")
         .eval()
     )
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)

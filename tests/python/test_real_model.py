@@ -160,6 +160,7 @@ def test_generation(nf4: Any, tok: Any) -> None:
         assert logits(nf4, out[:, :end])[0, -1].argmax() == out[0, end]
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_a_row_does_not_depend_on_its_batch(nf4: Any, ids: torch.Tensor) -> None:
     """As far as the 4-bit layers are concerned: on the activations of a real batch."""
     found: list[torch.Tensor] = []
