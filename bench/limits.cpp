@@ -1,8 +1,6 @@
 // What this machine can do, for the percentages of the benchmark: prints one JSON object
-//   {"threads": {"1": {"read": GB/s, "copy": GB/s, "write": GB/s, "cache": GB/s, "fresh32": GB/s, "fresh64": GB/s, "fma": GFLOP/s, "bf16":
-//   GFLOP/s}, "2":
-//   ...},
-//    "fma_isa": "avx512f", "bf16_isa": "amx"}
+//   {"threads": {"1": {"read": x, "copy": x, "write": x, "cache": x, "fresh32": x, "fresh64": x, "fma": y, "bf16": y}, "2": {...}},
+//    "fma_isa": "avx512f", "bf16_isa": "amx"}                                           x in GB/s, y in GFLOP/s
 // read   reading 256 MiB                        write  non-temporal stores to 256 MiB of mapped pages
 // fresh  writing 32 and 64 MiB that were not mapped before, in huge pages, mapping and unmapping included
 // copy   non-temporal copy, read + written      cache  reading 8 MiB again and again (the weights of one 4096x4096 4-bit layer)
@@ -18,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -72,17 +71,18 @@ class Fresh {
   char *map_, *data_;
 };
 
-// Seconds of the fastest of `repeats` runs of body(thread) on `threads` threads, each with an object of its own from `make`.
-double best(int threads, int repeats, const std::function<void(int)>& body, const std::function<std::shared_ptr<void>()>& make = {}) {
+// Seconds of the fastest of `repeats` runs of body(thread) on `threads` threads, between before() and after().
+double best(int threads, int repeats, const std::function<void(int)>& body, const std::function<void()>& before = {},
+            const std::function<void()>& after = {}) {
   double seconds = 1e30;
   for (int r = 0; r < repeats; ++r) {
     const auto start = std::chrono::steady_clock::now();
-    std::shared_ptr<void> made = make ? make() : nullptr;
+    if (before) before();
     std::vector<std::thread> pool;
     for (int t = 1; t < threads; ++t) pool.emplace_back(body, t);
     body(0);
     for (auto& t : pool) t.join();
-    made.reset();
+    if (after) after();
     seconds = std::min(seconds, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return seconds;
@@ -265,16 +265,13 @@ int main(int argc, char** argv) {
     const auto fresh = [&](size_t bytes) {
       double rate = 0;  // one thread may be as fast as all
       for (const int writers : {1, n}) {
-        std::shared_ptr<Fresh> memory;
+        std::optional<Fresh> memory;
         const auto write_fresh = [&](int t) {
           const size_t step = bytes / writers;
           std::memset(memory->data() + t * step, 1, step);
         };
-        const auto map = [&] {
-          memory = std::make_shared<Fresh>(bytes);
-          return std::shared_ptr<void>(nullptr, [&](void*) { memory.reset(); });
-        };
-        rate = std::max(rate, static_cast<double>(bytes) / best(writers, 15, write_fresh, map) / 1e9);
+        const double seconds = best(writers, 15, write_fresh, [&] { memory.emplace(bytes); }, [&] { memory.reset(); });
+        rate = std::max(rate, static_cast<double>(bytes) / seconds / 1e9);
       }
       return rate;
     };

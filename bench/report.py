@@ -25,10 +25,9 @@ def header(result: dict[str, Any]) -> str:
     for title, info in result["packages"].items():
         lines.append(f"{title}: bitsandbytes {info['bitsandbytes']}, torch {info['torch']}, Python {info['python']}")
     for threads, found in limits["threads"].items():
-        figures = ", ".join(
-            f"{key} {found[key]:.1f} GB/s" for key in ("read", "copy", "write", "cache", "fresh32", "fresh64")
-        )
-        peaks = ", ".join(f"{key} {found[key]:.0f} GFLOP/s ({limits[f'{key}_isa']})" for key in ("fma", "bf16"))
+        operations = [key for key in found if f"{key}_isa" in limits]
+        figures = ", ".join(f"{key} {found[key]:.1f} GB/s" for key in found if key not in operations)
+        peaks = ", ".join(f"{key} {found[key]:.0f} GFLOP/s ({limits[f'{key}_isa']})" for key in operations)
         lines.append(f"limits, {threads} thread{'s' * (threads != '1')}: {figures}, {peaks}")
     return "\n".join(lines)
 

@@ -42,8 +42,7 @@ void dequantize_4bit(const Dequantize4bit& d) {
 }
 
 void quantize_blockwise(const QuantizeBlockwise& d) {
-  check_arguments(d);
-  Checker("quantize_blockwise").ascending("code", d.code);
+  check_arguments(d).ascending("code", d.code);
   if (d.x.size == 0) return;
   const auto& kernels = cpu::active();
   const auto encoder = cpu::encoder_for(d.code, d.x.size);

@@ -8,43 +8,33 @@
 
 namespace bnb {
 
-inline void check_arguments(const Quantize4bit& d) {
-  const Checker check("quantize_4bit");
+// Both directions of a block quantization have one set of buffers; `argument` names the one that holds `elements`.
+template <class D> Checker check_4bit(std::string_view op, const D& d, std::string_view argument, const ConstView& elements) {
+  const Checker check(op);
   check.type(d.type);
   check.blocksize(d.blocksize);
-  check.view("x", d.x);
-  check.size("codes", d.codes, packed_size(d.x.size));
-  check.size("absmax", d.absmax, blocks_of(d.x.size, d.blocksize));
+  check.view(argument, elements);
+  check.size("codes", d.codes, packed_size(elements.size));
+  check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
+  return check;
 }
-
-inline void check_arguments(const Dequantize4bit& d) {
-  const Checker check("dequantize_4bit");
-  check.type(d.type);
+template <class D> Checker check_blockwise(std::string_view op, const D& d, std::string_view argument, const ConstView& elements) {
+  const Checker check(op);
   check.blocksize(d.blocksize);
-  check.view("out", d.out);
-  check.size("codes", d.codes, packed_size(d.out.size));
-  check.size("absmax", d.absmax, blocks_of(d.out.size, d.blocksize));
-}
-
-inline void check_arguments(const QuantizeBlockwise& d) {
-  const Checker check("quantize_blockwise");
-  check.blocksize(d.blocksize);
-  check.view("x", d.x);
+  check.view(argument, elements);
   check.size("code", d.code, 256);
-  check.size("codes", d.codes, d.x.size);
-  check.size("absmax", d.absmax, blocks_of(d.x.size, d.blocksize));
+  check.size("codes", d.codes, elements.size);
+  check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
+  return check;
 }
 
-inline void check_arguments(const DequantizeBlockwise& d) {
-  const Checker check("dequantize_blockwise");
-  check.blocksize(d.blocksize);
-  check.view("out", d.out);
-  check.size("code", d.code, 256);
-  check.size("codes", d.codes, d.out.size);
-  check.size("absmax", d.absmax, blocks_of(d.out.size, d.blocksize));
-}
+// Give the checker, for checks that a device adds.
+inline Checker check_arguments(const Quantize4bit& d) { return check_4bit("quantize_4bit", d, "x", d.x); }
+inline Checker check_arguments(const Dequantize4bit& d) { return check_4bit("dequantize_4bit", d, "out", d.out); }
+inline Checker check_arguments(const QuantizeBlockwise& d) { return check_blockwise("quantize_blockwise", d, "x", d.x); }
+inline Checker check_arguments(const DequantizeBlockwise& d) { return check_blockwise("dequantize_blockwise", d, "out", d.out); }
 
-inline void check_arguments(const Gemm4bit& d) {
+inline Checker check_arguments(const Gemm4bit& d) {
   const Checker check("gemm_4bit");
   check.type(d.type);
   check.blocksize(d.blocksize);
@@ -66,6 +56,7 @@ inline void check_arguments(const Gemm4bit& d) {
   }
   check.view("bias", d.bias);
   if (d.bias.size != 0) check.equal("bias", d.bias.size, d.n, "n elements");
+  return check;
 }
 
 }  // namespace bnb

@@ -25,7 +25,7 @@ def listing(values: Sequence[Any]) -> str:
 
 
 def one_of(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if value not in allowed or (isinstance(value, float) and isinstance(allowed[0], int)):  # 64.0 == 64
+    if value not in allowed or isinstance(value, float):  # 64.0 == 64
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {listing(allowed)}")
 
 

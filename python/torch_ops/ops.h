@@ -159,7 +159,7 @@ inline std::span<uint8_t> mutable_bytes(const Tensor& t) {
   return {n ? static_cast<uint8_t*>(t.mutable_data_ptr()) : nullptr, static_cast<size_t>(n)};
 }
 
-// A contiguous tensor on the device of `like`. Past the dispatcher, which looks "aten::new_empty" up by name: 2 us less.
+// A contiguous tensor on the device of `like`. Past the dispatcher, which looks "aten::new_empty" up by name: 1 us less.
 template <class Device> Tensor new_empty(const Args<Device>& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {
   Sizes strides(shape.size());
   for (int64_t i = std::ssize(shape) - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(1, shape[static_cast<size_t>(i--)]))

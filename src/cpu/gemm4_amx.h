@@ -257,13 +257,8 @@ template <class Isa> class AmxGemm {
     const int64_t count = smaller(width(d_), d_.m - m), columns = smaller(tile, d_.n - n);
     if (columns <= 0) return;
     const auto mask = static_cast<__mmask16>((1u << columns) - 1);
-    alignas(64) float bias[tile] = {};
-    if (d_.bias.size != 0)
-      visit(d_.bias.dtype, [&]<class B>(B) {
-        B values[tile] = {};
-        std::memcpy(values, static_cast<const B*>(d_.bias.data) + n, static_cast<size_t>(columns) * sizeof(B));
-        Isa::store(bias, Isa::load(values));
-      });
+    alignas(64) float bias[tile];
+    load_bias(d_, n, bias);
     __m512i x[tile];
     for (int64_t i = 0; i < tile; ++i) x[i] = _mm512_load_si512(sums + 64 * i);
     transpose(x);

@@ -55,16 +55,22 @@ template <class Isa> struct Bf16Math {
 };
 #endif
 
+// The bias of `columns` columns of y from n on; 0 where there is none or no column.
+template <int columns> void load_bias(const Gemm4bit& d, int64_t n, float (&bias)[columns]) {
+  for (float& b : bias) b = 0;
+  if (d.bias.size == 0) return;
+  visit(d.bias.dtype, [&]<class B>(B) {
+    B values[columns] = {};
+    std::memcpy(values, static_cast<const B*>(d.bias.data) + n, static_cast<size_t>(smaller(columns, d.n - n)) * sizeof(B));
+    for (int j = 0; j < columns; ++j) bias[j] = to_float(values[j]);
+  });
+}
+
 // y[m .. m + count)[n .. n + columns) = sums + bias, without what lies beyond n.
 template <class T, int columns> void write_columns(const Gemm4bit& d, int64_t m, int64_t count, int64_t n, const float* sums) {
   const int64_t inside = smaller(columns, d.n - n);
-  float bias[columns] = {};
-  if (d.bias.size != 0)
-    visit(d.bias.dtype, [&]<class B>(B) {
-      B values[columns] = {};
-      std::memcpy(values, static_cast<const B*>(d.bias.data) + n, static_cast<size_t>(inside) * sizeof(B));
-      for (int j = 0; j < columns; ++j) bias[j] = to_float(values[j]);
-    });
+  float bias[columns];
+  load_bias(d, n, bias);
   T* to = static_cast<T*>(d.out.data) + m * d.n + n;
   for (int64_t i = 0; i < count; ++i, to += d.n, sums += columns) {
     T out[columns];

@@ -108,13 +108,9 @@ template <class Isa, class T> class RowGemm {
   static void write(const Gemm4bit& d, int64_t n, const float* sums) {
     T* to = static_cast<T*>(d.out.data) + n;
     const int64_t count = smaller(Isa::lanes, d.n - n);
-    __m512 y = _mm512_load_ps(sums);
-    if (d.bias.size != 0)
-      visit(d.bias.dtype, [&]<class B>(B) {
-        B values[Isa::lanes] = {};
-        std::memcpy(values, static_cast<const B*>(d.bias.data) + n, static_cast<size_t>(count) * sizeof(B));
-        y = _mm512_add_ps(y, Isa::load(values));
-      });
+    alignas(64) float bias[Isa::lanes];
+    load_bias(d, n, bias);
+    const __m512 y = _mm512_add_ps(_mm512_load_ps(sums), _mm512_load_ps(bias));
     if (count == Isa::lanes) return Isa::store(to, y);
     T out[Isa::lanes];
     Isa::store(out, y);

@@ -147,7 +147,7 @@ void launch_dequantize(const char* op, const uint8_t* codes, const float* absmax
   visit(out.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr Shape shape = Decode::kShape;
-    const bool vectors = aligned(out.data, 16) && aligned(codes, kPerUnit<T> / Decode::kPerByte);
+    const bool vectors = dev::aligned(out.data, 16) && dev::aligned(codes, kPerUnit<T> / Decode::kPerByte);
     dev::launch({.op = op,
                  .dtype = out.dtype,
                  .shape = {out.size},

@@ -49,6 +49,8 @@ void check_launch(const Launch&, const Device&);
 // Sets memory to zero on the stream. `what` is the operation for which it is done.
 void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
 
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
+
 }  // namespace bnb::cuda::dev
 
 #if defined(__CUDACC__)

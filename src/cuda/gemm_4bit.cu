@@ -16,8 +16,6 @@ namespace {
 
 const Family* const kFamilies[] = {&kRows, &kTile, &kPanel, &kFma};
 
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
-
 // Products of 16-bit floats a clock and multiprocessor: of the vendor's tables, less what mma.sync does not reach.
 struct ArchRates {
   int from;
@@ -35,15 +33,15 @@ Rates rates_of(int arch) {
 }
 
 bool elements_aligned(const Gemm4bit& d) {
-  return aligned(d.a.data, size_of(d.a.dtype)) && aligned(d.out.data, size_of(d.out.dtype)) &&
-         (d.bias.size == 0 || aligned(d.bias.data, size_of(d.bias.dtype)));
+  return dev::aligned(d.a.data, size_of(d.a.dtype)) && dev::aligned(d.out.data, size_of(d.out.dtype)) &&
+         (d.bias.size == 0 || dev::aligned(d.bias.data, size_of(d.bias.dtype)));
 }
 
 bool fits_tensor_cores(const Gemm4bit& d, const dev::Device& device) {
   constexpr int64_t kMost = int64_t{1} << 30;
   return d.a.dtype != DType::f32 && (device.arch >= 80 || (device.arch >= 75 && d.a.dtype == DType::f16)) && d.k > 0 && d.k % 32 == 0 &&
-         d.k < kMost && d.n < kMost && d.m < kMost && d.n <= (int64_t{1} << 36) / d.k && aligned(d.a.data, 16) &&
-         aligned(d.codes.data(), 16) && elements_aligned(d);
+         d.k < kMost && d.n < kMost && d.m < kMost && d.n <= (int64_t{1} << 36) / d.k && dev::aligned(d.a.data, 16) &&
+         dev::aligned(d.codes.data(), 16) && elements_aligned(d);
 }
 
 std::vector<Plan> plans(const Gemm4bit& d, const dev::Device& device) {
@@ -81,12 +79,11 @@ std::string describe_gemm_4bit(const Gemm4bit& d) {
 }
 
 void gemm_4bit(const Gemm4bit& d, void* workspace, Stream stream) {
-  check_arguments(d);
+  const Checker check = check_arguments(d);
   if (d.m == 0 || d.n == 0) return;
   const auto plan = gemm4::plans(d, dev::device()).front();
-  const Checker check("gemm_4bit");
   if (plan.workspace)
-    check.that(workspace && gemm4::aligned(workspace, 256), "workspace", workspace ? "not aligned" : "null",
+    check.that(workspace && dev::aligned(workspace, 256), "workspace", workspace ? "not aligned" : "null",
                std::to_string(plan.workspace) + " bytes aligned to 256");
   gemm4::run(plan, d, workspace, stream);
 }

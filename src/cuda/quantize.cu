@@ -335,7 +335,7 @@ void launch_quantize(const char* op, const ConstView& x, int64_t blocksize, uint
   visit(x.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr Shape shape = Encode::kShape;
-    const bool vectors = aligned(x.data, 16) && aligned(codes, kPerUnit<T> / Encode::kPerByte);
+    const bool vectors = dev::aligned(x.data, 16) && dev::aligned(codes, kPerUnit<T> / Encode::kPerByte);
     dev::launch({.op = op,
                  .dtype = x.dtype,
                  .shape = {x.size},

@@ -41,8 +41,6 @@ template <class T> BNB_DEVICE void to_floats(const dev::Bits<16>& raw, float (&x
       dev::unpack<T>(raw.word[i], x[2 * i], x[2 * i + 1]);
 }
 
-inline bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 // Launch choices. A multiprocessor holds `per_sm` blocks of `threads`; a grid has up to `rounds` times as many as fit the device, its
 // blocks go on with further tiles.
 struct Shape {

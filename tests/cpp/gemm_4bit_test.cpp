@@ -11,17 +11,7 @@ std::vector<T> multiply(const Weight& w, const std::vector<T>& a, int64_t m, Con
                         bool invariant = true) {
   const Input<T> input(std::span<const T>(a).first(static_cast<size_t>(m * w.k)), offset);
   Output<T> out(m * w.n, offset);
-  gemm_4bit({.type = w.type,
-             .blocksize = w.blocksize,
-             .m = m,
-             .n = w.n,
-             .k = w.k,
-             .a = input.view(),
-             .codes = w.codes,
-             .absmax = w.given(),
-             .bias = bias,
-             .out = out.view(),
-             .batch_invariant = invariant});
+  gemm_4bit(w.product(m, input.view(), out.view(), bias, invariant));
   return out.values();
 }
 

@@ -32,6 +32,21 @@ struct Weight {
     }
   }
 
+  // y = a * W^T + bias with this weight.
+  Gemm4bit product(int64_t m, const ConstView& a, const View& out, const ConstView& bias, bool invariant) const {
+    return {.type = type,
+            .blocksize = blocksize,
+            .m = m,
+            .n = n,
+            .k = k,
+            .a = a,
+            .codes = codes,
+            .absmax = given(),
+            .bias = bias,
+            .out = out,
+            .batch_invariant = invariant};
+  }
+
   Absmax given() const {
     if (!nested) return {.values = absmax, .codes = {}, .code = {}, .nested = {}};
     return {.values = {}, .codes = nested_codes, .code = map, .nested = nested_absmax, .nested_blocksize = 256, .offset = offset};

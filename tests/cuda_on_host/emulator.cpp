@@ -91,6 +91,7 @@ struct Machine {
   }
   void release(Thread& t);
   void switch_to(uint32_t id);
+  void resume(Thread& t);
   void yield(Thread& t);
   void start(uint32_t id);
   void run_block(std::vector<uint32_t>& turn);
@@ -115,6 +116,10 @@ void Machine::switch_to(uint32_t id) {
   Thread& t = threads[id];
   self.thread = id;
   ++totals.switches;
+  resume(t);
+}
+
+void Machine::resume(Thread& t) {
 #if BNB_ASAN
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, t.stack, t.stack_size);
@@ -169,15 +174,7 @@ void Machine::start(uint32_t id) {
 // With no body a fiber returns.
 void Machine::release(Thread& t) {
   body = nullptr;
-  if (!t.fiber) return;
-#if BNB_ASAN
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, t.stack, t.stack_size);
-#endif
-  t.fiber = std::move(t.fiber).resume();
-#if BNB_ASAN
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
+  if (t.fiber) resume(t);
 }
 
 // | guard | shared memory | guard |

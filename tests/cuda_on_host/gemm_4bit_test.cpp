@@ -22,20 +22,9 @@ template <class T> class Problem {
  public:
   Problem(const Weight& w, const std::vector<T>& a, int64_t m, const Call& call = {})
       : input_(std::span<const T>(a).first(static_cast<size_t>(m * w.k)), call.offset), out_(m * w.n, call.offset) {
-    absmax_ = w.given();
-    absmax_.device_offset = w.nested ? &w.offset : nullptr;
-    absmax_.offset = -7;  // not looked at
-    d_ = {.type = w.type,
-          .blocksize = w.blocksize,
-          .m = m,
-          .n = w.n,
-          .k = w.k,
-          .a = input_.view(),
-          .codes = w.codes,
-          .absmax = absmax_,
-          .bias = call.bias,
-          .out = out_.view(),
-          .batch_invariant = call.invariant};
+    d_ = w.product(m, input_.view(), out_.view(), call.bias, call.invariant);
+    d_.absmax.device_offset = w.nested ? &w.offset : nullptr;
+    d_.absmax.offset = -7;  // not looked at
   }
   const Gemm4bit& call() const { return d_; }
   std::vector<Plan> plans() const { return cuda::gemm4::plans(d_, cuda::dev::device()); }
@@ -68,7 +57,6 @@ template <class T> class Problem {
   };
   Input<T> input_;
   Output<T> out_;
-  Absmax absmax_;
   Gemm4bit d_;
 };
 

@@ -72,11 +72,8 @@ class QuantState:
             ValueError: keys are missing, unknown, or name more than one state.
         """
         op = "QuantState.from_dict"
-        packed = [
-            k
-            for k, v in qs_dict.items()
-            if isinstance(v, torch.Tensor) and k.rpartition(".")[2] in (*cls.valid_qs_type_keys, "bitsandbytes__None")
-        ]
+        type_keys = (*cls.valid_qs_type_keys, "bitsandbytes__None")  # the last is that of 8-bit states
+        packed = [k for k, v in qs_dict.items() if isinstance(v, torch.Tensor) and k.rpartition(".")[2] in type_keys]
         if not packed and "quant_type" not in qs_dict:
             raise ValueError(
                 f"{op}: qs_dict has the keys {list(qs_dict)}, expected packed or unpacked quant_state items"
