@@ -5,14 +5,10 @@
 #include "cpu/codebook8.h"
 #include "cpu/kernels.h"
 #include "cpu/pages.h"
-#include "cpu/scratch.h"
-#include "parallel.h"
+#include "multiply.h"
 
 namespace bnb {
 namespace {
-
-// Elements a task should hold, so that handing it to a thread (some microseconds) stays a small part of its time.
-constexpr int64_t kGrainElements = 1 << 15;
 
 // f on ranges of the blocks of n elements, which become `bytes` at `out`.
 template <class F> void for_blocks(int64_t n, int64_t blocksize, void* out, int64_t bytes, F&& f) {
@@ -59,19 +55,7 @@ void dequantize_blockwise(const DequantizeBlockwise& d) {
 
 void gemm_4bit(const Gemm4bit& d) {
   check_arguments(d);
-  if (d.m == 0 || d.n == 0) return;
-
-  const auto& gemm = cpu::active().gemm_4bit;
-  cpu::Scratch packed(gemm.pack_bytes(d));
-  const int64_t units = gemm.pack_units(d);
-  parallel_for(units, std::max<int64_t>(1, kGrainElements * units / std::max<int64_t>(1, d.m * d.k)),
-               [&](int64_t begin, int64_t end) { gemm.pack(d, packed.data(), {begin, end}); });
-  const int64_t steps = blocks_of(d.n, gemm.column_step);
-  // A step decodes column_step rows of W and multiplies them with all of a.
-  const int64_t work = gemm.column_step * d.k * (4 + d.m);
-  parallel_for(steps, std::max<int64_t>(1, 4 * kGrainElements / std::max<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
-    gemm.run(d, packed.data(), {begin * gemm.column_step, std::min(end * gemm.column_step, d.n)});
-  });
+  multiply(cpu::active().gemm_4bit, d);
 }
 
 }  // namespace bnb

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bnb/gemm.h>
+#include <bnb/int8.h>
 #include <bnb/quantize.h>
 
 #include "check.h"
@@ -34,6 +35,11 @@ inline Checker check_arguments(const Dequantize4bit& d) { return check_4bit("deq
 inline Checker check_arguments(const QuantizeBlockwise& d) { return check_blockwise("quantize_blockwise", d, "x", d.x); }
 inline Checker check_arguments(const DequantizeBlockwise& d) { return check_blockwise("dequantize_blockwise", d, "out", d.out); }
 
+inline void check_bias(const Checker& check, const ConstView& bias, int64_t n) {
+  check.view("bias", bias);
+  if (bias.size != 0) check.equal("bias", bias.size, n, "n elements");
+}
+
 inline Checker check_arguments(const Gemm4bit& d) {
   const Checker check("gemm_4bit");
   check.type(d.type);
@@ -54,8 +60,87 @@ inline Checker check_arguments(const Gemm4bit& d) {
   } else {
     check.size("absmax.values", d.absmax.values, blocks);
   }
-  check.view("bias", d.bias);
-  if (d.bias.size != 0) check.equal("bias", d.bias.size, d.n, "n elements");
+  check_bias(check, d.bias, d.n);
+  return check;
+}
+
+// Both directions of the int8 quantizations: `scales` of them for rows x columns elements.
+template <class D>
+Checker check_int8(std::string_view op, const D& d, std::string_view argument, const ConstView& elements, int64_t scales) {
+  const Checker check(op);
+  const int64_t n = check.product("rows * columns", d.rows, d.columns);
+  check.view(argument, elements);
+  check.equal(argument, elements.size, n, "rows * columns");
+  check.size("codes", d.codes, n);
+  check.size("scale", d.scale, scales);
+  return check;
+}
+inline void check_threshold(const Checker& check, float threshold) {
+  check.that(threshold >= 0, "threshold", threshold, "a number of 0 or more");
+}
+
+inline Checker check_arguments(const QuantizeInt8& d) {
+  const Checker check = check_int8("quantize_int8", d, "x", d.x, d.rows);
+  check_threshold(check, d.threshold);
+  if (d.threshold > 0) check.size("outliers", d.outliers, outlier_words(d.columns));
+  return check;
+}
+inline Checker check_arguments(const QuantizeColumnsInt8& d) {
+  const Checker check = check_int8("quantize_columns_int8", d, "x", d.x, d.columns);
+  check_threshold(check, d.threshold);
+  return check;
+}
+inline Checker check_arguments(const DequantizeInt8& d) { return check_int8("dequantize_int8", d, "out", d.out, d.rows); }
+
+inline void check_epilogue(const Checker& check, const Int8Epilogue& to, int64_t m, int64_t n) {
+  check.size("row_scale", to.row_scale, m);
+  check.size("column_scale", to.column_scale, n);
+  check_bias(check, to.bias, n);
+  check.view("out", to.out);
+  check.equal("out", to.out.size, m * n, "m * n");
+}
+
+inline Checker check_arguments(const DequantizeSums& d) {
+  const Checker check("dequantize_sums");
+  check.size("sums", d.sums, check.product("m * n", d.m, d.n));
+  check_epilogue(check, d.to, d.m, d.n);
+  return check;
+}
+
+// m x k times n x k.
+inline void check_depth(const Checker& check, int64_t m, int64_t n, int64_t k) {
+  check.product("m * n", m, n), check.product("m * k", m, k), check.product("n * k", n, k);
+  check.that(k <= kMaxInt8Depth, "k", k, "at most " + std::to_string(kMaxInt8Depth) + ": longer sums leave int32");
+}
+
+inline Checker check_arguments(const GemmInt8& d) {
+  const Checker check("gemm_int8");
+  check_depth(check, d.m, d.n, d.k);
+  check.size("a", d.a, d.m * d.k);
+  check.size("b", d.b, d.n * d.k);
+  if (!d.sums.empty()) {
+    check.size("sums", d.sums, d.m * d.n);
+    return check;
+  }
+  check_epilogue(check, d.to, d.m, d.n);
+  if (d.outliers.empty()) return check;
+  check.view("x", d.x);
+  check.equal("x", d.x.size, d.m * d.k, "m * k");
+  for (const int64_t c : d.outliers) check.that(c >= 0 && c < d.k, "outliers", c, "columns below k = " + std::to_string(d.k));
+  return check;
+}
+
+inline Checker check_arguments(const LinearInt8& d) {
+  const Checker check("linear_int8");
+  check_depth(check, d.m, d.n, d.k);
+  check_threshold(check, d.threshold);
+  check.view("x", d.x);
+  check.equal("x", d.x.size, d.m * d.k, "m * k");
+  check.size("weight", d.weight, d.n * d.k);
+  check.size("weight_scale", d.weight_scale, d.n);
+  check_bias(check, d.bias, d.n);
+  check.view("out", d.out);
+  check.equal("out", d.out.size, d.m * d.n, "m * n");
   return check;
 }
 

@@ -5,6 +5,7 @@
 #include <bnb/cpu.h>
 #include <bnb/error.h>
 #include <bnb/gemm.h>
+#include <bnb/int8.h>
 #include <bnb/parallel.h>
 #include <bnb/quantize.h>
 #include <bnb/types.h>

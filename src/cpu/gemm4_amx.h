@@ -258,7 +258,7 @@ template <class Isa> class AmxGemm {
     if (columns <= 0) return;
     const auto mask = static_cast<__mmask16>((1u << columns) - 1);
     alignas(64) float bias[tile];
-    load_bias(d_, n, bias);
+    load_bias(d_.bias, n, bias);
     __m512i x[tile];
     for (int64_t i = 0; i < tile; ++i) x[i] = _mm512_load_si512(sums + 64 * i);
     transpose(x);

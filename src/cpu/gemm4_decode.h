@@ -3,15 +3,11 @@
 
 #include <cstring>
 
-#include "../formats.h"
-#include "kernels.h"
+#include "product.h"
 #include "simd/gemm4_ops.h"
 
 namespace bnb::cpu {
 namespace {
-
-BNB_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-BNB_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How the blocks lie in a row, from the fastest to decode to the slowest.
 enum class Layout : uint8_t {

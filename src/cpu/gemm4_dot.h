@@ -55,22 +55,11 @@ template <class Isa> struct Bf16Math {
 };
 #endif
 
-// The bias of `columns` columns of y from n on; 0 where there is none or no column.
-template <int columns> void load_bias(const Gemm4bit& d, int64_t n, float (&bias)[columns]) {
-  for (float& b : bias) b = 0;
-  if (d.bias.size == 0) return;
-  visit(d.bias.dtype, [&]<class B>(B) {
-    B values[columns] = {};
-    std::memcpy(values, static_cast<const B*>(d.bias.data) + n, static_cast<size_t>(smaller(columns, d.n - n)) * sizeof(B));
-    for (int j = 0; j < columns; ++j) bias[j] = to_float(values[j]);
-  });
-}
-
 // y[m .. m + count)[n .. n + columns) = sums + bias, without what lies beyond n.
 template <class T, int columns> void write_columns(const Gemm4bit& d, int64_t m, int64_t count, int64_t n, const float* sums) {
   const int64_t inside = smaller(columns, d.n - n);
   float bias[columns];
-  load_bias(d, n, bias);
+  load_bias(d.bias, n, bias);
   T* to = static_cast<T*>(d.out.data) + m * d.n + n;
   for (int64_t i = 0; i < count; ++i, to += d.n, sums += columns) {
     T out[columns];
@@ -167,17 +156,6 @@ template <class Isa, class T, class Math> class DotGemm {
       g = end;
     } while (g < groups_);
     write_columns<T, columns_at_once>(d_, m, count, n, sums_);
-  }
-
-  // Rows [m, m + count) in near-equal tiles of at most `most` rows: f(first row, constant number of rows).
-  template <int most, class F> BNB_INLINE static void tiles_of(int64_t m, int64_t count, F&& f) {
-    for (int64_t left = ceil_div(count, most), end = m + count; left > 0; --left) {
-      const int64_t height = ceil_div(end - m, left);
-      [&]<int... i>(std::integer_sequence<int, i...>) {
-        ((height == i + 1 ? f(m, std::integral_constant<int, i + 1>{}) : void()), ...);
-      }(std::make_integer_sequence<int, most>{});
-      m += height;
-    }
   }
 
   // sums[i][j] (+)= a[m + i] . panel[j] over the groups [begin, end); the first chunk sets.

@@ -109,7 +109,7 @@ template <class Isa, class T> class RowGemm {
     T* to = static_cast<T*>(d.out.data) + n;
     const int64_t count = smaller(Isa::lanes, d.n - n);
     alignas(64) float bias[Isa::lanes];
-    load_bias(d, n, bias);
+    load_bias(d.bias, n, bias);
     const __m512 y = _mm512_add_ps(_mm512_load_ps(sums), _mm512_load_ps(bias));
     if (count == Isa::lanes) return Isa::store(to, y);
     T out[Isa::lanes];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bnb/gemm.h>
+#include <bnb/int8.h>
 #include <bnb/quantize.h>
 
 #include <cstdint>
@@ -21,22 +22,30 @@ enum class Stores : uint8_t { cached, streaming };
 // The decision rule of a sorted 256-entry map, made once a call (src/cpu/codebook8.h).
 struct Encoder8;
 
+// A product in two steps: `pack` brings rows of a into the order and type in which `run` wants them (written to scratch of pack_bytes),
+// `run` computes columns [begin, end) of y for all m rows. Columns come in multiples of `column_step`, but for the last.
+template <class D> struct Product {
+  int64_t column_step;
+  int64_t (*pack_bytes)(const D&);
+  int64_t (*pack_units)(const D&);
+  void (*pack)(const D&, void* packed, Range units);
+  void (*run)(const D&, const void* packed, Range columns);
+};
+
 struct Kernels {
   std::string_view isa;
   void (*quantize_4bit)(const Quantize4bit&, Range blocks);
   void (*dequantize_4bit)(const Dequantize4bit&, Stores, Range blocks);
   void (*quantize_blockwise)(const QuantizeBlockwise&, const Encoder8&, Range blocks);
   void (*dequantize_blockwise)(const DequantizeBlockwise&, Stores, Range blocks);
+  Product<Gemm4bit> gemm_4bit;
 
-  // gemm_4bit in two steps: `pack` brings rows of a into the order and type in which `run` wants them (written to scratch of pack_bytes),
-  // `run` computes columns [begin, end) of y for all m rows. Columns come in multiples of `column_step`, but for the last.
-  struct Gemm {
-    int64_t column_step;
-    int64_t (*pack_bytes)(const Gemm4bit&);
-    int64_t (*pack_units)(const Gemm4bit&);
-    void (*pack)(const Gemm4bit&, void* packed, Range units);
-    void (*run)(const Gemm4bit&, const void* packed, Range columns);
-  } gemm_4bit;
+  // `outliers` gets the columns with outliers in these rows; codes in those columns are cleared by the caller.
+  void (*quantize_int8)(const QuantizeInt8&, uint64_t* outliers, Range rows);
+  void (*quantize_columns_int8)(const QuantizeColumnsInt8&, Range columns);
+  void (*dequantize_int8)(const DequantizeInt8&, Range rows);
+  void (*dequantize_sums)(const DequantizeSums&, Range rows);
+  Product<GemmInt8> gemm_int8;
 };
 
 extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon;

@@ -3,11 +3,17 @@
 
 #include "dequantize.h"
 #include "gemm4.h"
+#include "gemm8.h"
+#include "int8_rows.h"
 #include "kernels.h"
 #include "quantize.h"
 
 namespace bnb::cpu {
 namespace {
+
+template <class D, class P> consteval Product<D> make_product() {
+  return {.column_step = P::column_step, .pack_bytes = P::pack_bytes, .pack_units = P::pack_units, .pack = P::pack, .run = P::run};
+}
 
 template <class Isa> consteval Kernels make_kernels() {
   return {.isa = Isa::name,
@@ -15,11 +21,12 @@ template <class Isa> consteval Kernels make_kernels() {
           .dequantize_4bit = Dequantize<Isa>::run_4bit,
           .quantize_blockwise = Quantize<Isa>::run_blockwise,
           .dequantize_blockwise = Dequantize<Isa>::run_blockwise,
-          .gemm_4bit = {.column_step = Gemm<Isa>::column_step,
-                        .pack_bytes = Gemm<Isa>::pack_bytes,
-                        .pack_units = Gemm<Isa>::pack_units,
-                        .pack = Gemm<Isa>::pack,
-                        .run = Gemm<Isa>::run}};
+          .gemm_4bit = make_product<Gemm4bit, Gemm<Isa>>(),
+          .quantize_int8 = Int8Rows<Isa>::quantize,
+          .quantize_columns_int8 = Int8Rows<Isa>::quantize_columns,
+          .dequantize_int8 = Int8Rows<Isa>::dequantize,
+          .dequantize_sums = dequantize_sums<Isa>,
+          .gemm_int8 = make_product<GemmInt8, Gemm8<Isa>>()};
 }
 
 }  // namespace

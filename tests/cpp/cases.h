@@ -141,6 +141,11 @@ template <class T> class Input {
     if (size_) std::memcpy(data_, values.data(), values.size_bytes());
   }
   ConstView view() const { return {data_, dtype_of<T>, static_cast<int64_t>(size_)}; }
+  std::vector<T> copy() const {
+    std::vector<T> values(size_);
+    if (size_) std::memcpy(values.data(), data_, size_ * sizeof(T));
+    return values;
+  }
 
  private:
   size_t size_;

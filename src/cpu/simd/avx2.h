@@ -22,6 +22,7 @@ struct Avx2 {
 
   BNB_INLINE static F32 load(const float* p) { return _mm256_loadu_ps(p); }
   BNB_INLINE static F32 load(const Half* p) { return _mm256_cvtph_ps(load16(p)); }
+  BNB_INLINE static F32 load(const int32_t* p) { return _mm256_cvtepi32_ps(load_all(p)); }
   BNB_INLINE static F32 load(const BFloat16* p) { return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16)); }
 
   // The bf16 nearest to each lane, in the low halves. Integer arithmetic: the conversion instructions elsewhere flush subnormals.

@@ -26,6 +26,7 @@ struct Avx512 {
 
   BNB_INLINE static F32 load(const float* p) { return _mm512_loadu_ps(p); }
   BNB_INLINE static F32 load(const Half* p) { return _mm512_cvtph_ps(load32(p)); }
+  BNB_INLINE static F32 load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
   BNB_INLINE static F32 load(const BFloat16* p) { return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16)); }
 
   // The 16-bit float nearest to each lane. bf16 by integer arithmetic: vcvtneps2bf16 takes subnormals for zero.

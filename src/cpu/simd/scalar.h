@@ -15,6 +15,7 @@ struct Scalar {
   using F32 = float;
 
   template <class T> BNB_INLINE static F32 load(const T* p) { return read(p); }
+  BNB_INLINE static F32 load(const int32_t* p) { return static_cast<float>(*p); }
   template <class T> BNB_INLINE static void store(T* p, F32 x) { write(p, rounded<T>(x)); }
   BNB_INLINE static F32 zero() { return 0; }
   BNB_INLINE static F32 set1(float x) { return x; }
