@@ -1,0 +1,236 @@
+// The operators of LLM.int8() for any device (ops.h): names and schemas of the released package, and int8_linear, a whole forward in one
+// call.
+#pragma once
+
+#include "ops.h"
+
+namespace bnb::torch_ops {
+
+// [..., columns] as rows of a matrix.
+struct Matrix {
+  int64_t rows = 0, columns = 0;
+  template <class Device> Matrix(const Args<Device>& args, std::string_view argument, const Tensor& t) {
+    const auto shape = t.sizes();
+    if (shape.size() == 0) args.fail(argument, "a scalar", "at least one dimension");
+    columns = shape[shape.size() - 1];
+    rows = args.elements(argument, {shape.data(), shape.size() - 1});
+  }
+};
+
+inline Sizes with_last(const Tensor& t, int64_t last) {
+  Sizes s(t.sizes().begin(), t.sizes().end());
+  s.back() = last;
+  return s;
+}
+
+template <class Device> struct Int8Args : Args<Device> {
+  using Args<Device>::Args;
+
+  Tensor codes(std::string_view argument, const Tensor& t) const {
+    this->type(argument, t, ScalarType::Char);
+    return this->input(argument, t);
+  }
+  // Scales: at least as many as rows. A double threshold that fp32 cannot hold would become infinity, which is one.
+  Tensor scales(std::string_view argument, const Tensor& t, int64_t count) const {
+    this->equal(argument, t.numel(), count, "one for each row");
+    return this->floats(argument, t);
+  }
+  float threshold(double given) const {
+    this->that(given >= 0, "threshold", given, "a number of 0 or more");
+    return static_cast<float>(given);
+  }
+  Tensor weight(std::string_view argument, const Tensor& t, int64_t columns) const {
+    if (t.dim() != 2 || t.size(1) != columns) [[unlikely]]
+      this->fail(argument, "of shape " + text(sizes(t)), "[N, " + std::to_string(columns) + "], as A says");
+    return codes(argument, t);
+  }
+};
+
+// A bias that lives as long as the call.
+template <class Device> struct Bias {
+  std::optional<Tensor> kept;
+  ConstView view = {};
+  Bias(const Args<Device>& args, const std::optional<Tensor>& bias, int64_t n) {
+    if (!bias) return;
+    kept = args.input("bias", *bias);
+    view = args.values("bias", *kept);
+    args.equal("bias", view.size, n, "n elements");
+  }
+};
+
+template <class Device> struct QuantizedRows {
+  Tensor codes, scale;
+  std::optional<Tensor> outliers;  // their columns, if there is a threshold
+};
+
+template <class Device>
+QuantizedRows<Device> quantize_rows(const Int8Args<Device>& args, const Tensor& a, const Tensor& x, const Matrix& shape, double threshold) {
+  QuantizedRows<Device> r;
+  r.codes = new_empty(args, x, sizes(a), ScalarType::Char);
+  r.scale = new_empty(args, x, std::array{shape.rows}, ScalarType::Float);
+  const QuantizeInt8 d{
+      shape.rows, shape.columns, args.values("A", x), args.threshold(threshold), write<int8_t>(r.codes), write<float>(r.scale), {}};
+  r.outliers = args.device.quantize_int8(d, [&](int64_t count) { return new_empty(args, x, std::array{count}, ScalarType::Long); });
+  return r;
+}
+
+template <class Device> std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Tensor& a, double threshold) {
+  const Int8Args<Device> args("int8_vectorwise_quant", a);
+  const Matrix shape(args, "A", a);
+  auto r = quantize_rows(args, a, args.input("A", a), shape, threshold);
+  return {std::move(r.codes), std::move(r.scale), std::move(r.outliers)};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> int8_double_quant(const Tensor& a, double threshold) {
+  const Int8Args<Device> args("int8_double_quant", a);
+  const Matrix shape(args, "A", a);
+  const Tensor x = args.input("A", a);
+  auto r = quantize_rows(args, a, x, shape, threshold);
+  const Tensor codes = new_empty(args, x, sizes(a), ScalarType::Char);
+  const Tensor scale = new_empty(args, x, std::array{shape.columns}, ScalarType::Float);
+  args.device.quantize_columns_int8(
+      {shape.rows, shape.columns, args.values("A", x), args.threshold(threshold), write<int8_t>(codes), write<float>(scale)});
+  return {std::move(r.codes), codes, std::move(r.scale), scale, std::move(r.outliers)};
+}
+
+template <class Device> Tensor int8_vectorwise_dequant(const Tensor& a, const Tensor& stats) {
+  const Int8Args<Device> args("int8_vectorwise_dequant", a);
+  const Matrix shape(args, "A", a);
+  const Tensor codes = args.codes("A", a), scale = args.scales("stats", stats, shape.rows);
+  const Tensor out = new_empty(args, a, sizes(a), ScalarType::Float);
+  args.device.dequantize_int8(
+      {shape.rows, shape.columns, read<int8_t>(codes), read<float>(scale), args.output(out, ScalarType::Float, sizes(a))});
+  return out;
+}
+
+// A [..., K] times the transpose of B [N, K].
+template <class Device> struct Int8Product {
+  const Int8Args<Device>& args;
+  Tensor a, b;
+  GemmInt8 d;
+  Int8Product(const Int8Args<Device>& args, std::string_view a_name, const Tensor& a_given, std::string_view b_name, const Tensor& b_given)
+      : args(args), a(args.codes(a_name, a_given)) {
+    const Matrix shape(args, a_name, a);
+    b = args.weight(b_name, b_given, shape.columns);
+    d.m = shape.rows, d.k = shape.columns, d.n = b.size(0);
+    d.a = read<int8_t>(a), d.b = read<int8_t>(b);
+  }
+  void sums_into(const Tensor& out) {
+    d.sums = write<int32_t>(out);
+    if (d.m == 0 || d.n == 0) return;
+    args.device.gemm_int8(d);
+  }
+};
+
+template <class Device> Tensor int8_linear_matmul(const Tensor& a, const Tensor& b) {
+  const Int8Args<Device> args("int8_linear_matmul", a);
+  Int8Product<Device> product(args, "A", a, "B", b);
+  const Tensor out = new_empty(args, a, with_last(a, product.d.n), ScalarType::Int);
+  product.sums_into(out);
+  return out;
+}
+
+template <class Device> void int8_linear_matmul_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  const Int8Args<Device> args("int8_linear_matmul", a);
+  Int8Product<Device> product(args, "A", a, "B", b);
+  args.on_device("out", out);
+  args.type("out", out, ScalarType::Int);
+  const Sizes shape = with_last(a, product.d.n);
+  if (!std::ranges::equal(out.sizes(), shape)) args.fail("out", "of shape " + text(sizes(out)), text(shape));
+  if (!out.is_contiguous()) args.fail("out", "not contiguous", "a contiguous tensor");
+  product.sums_into(out);
+}
+
+template <class Device>
+Tensor int8_mm_dequant(const Tensor& a, const Tensor& row_stats, const Tensor& col_stats, std::optional<ScalarType> dtype,
+                       const std::optional<Tensor>& bias) {
+  const Int8Args<Device> args("int8_mm_dequant", a);
+  args.type("A", a, ScalarType::Int);
+  const Matrix shape(args, "A", a);
+  const Tensor sums = args.input("A", a);
+  const Tensor rows = args.scales("row_stats", row_stats, shape.rows), columns = args.scales("col_stats", col_stats, shape.columns);
+  const ScalarType type = dtype.value_or(ScalarType::Half);
+  args.float_type("dtype", type);
+  const Bias<Device> kept(args, bias, shape.columns);
+  const Tensor out = new_empty(args, a, sizes(a), type);
+  args.device.dequantize_sums({shape.rows,
+                               shape.columns,
+                               read<int32_t>(sums),
+                               {read<float>(rows), read<float>(columns), kept.view, args.output(out, type, sizes(a))}});
+  return out;
+}
+
+template <class Device>
+Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats, const Tensor& col_stats, const std::optional<Tensor>& bias,
+                      std::optional<ScalarType> dtype) {
+  const Int8Args<Device> args("int8_scaled_mm", a);
+  Int8Product<Device> product(args, "A", a, "B", b);
+  auto& d = product.d;
+  const Tensor rows = args.scales("row_stats", row_stats, d.m), columns = args.scales("col_stats", col_stats, d.n);
+  const ScalarType type = dtype.value_or(ScalarType::Half);
+  args.float_type("dtype", type);
+  const Bias<Device> kept(args, bias, d.n);
+  const Sizes shape = with_last(a, d.n);
+  const Tensor out = new_empty(args, a, shape, type);
+  d.to = {read<float>(rows), read<float>(columns), kept.view, args.output(out, type, shape)};
+  args.device.gemm_int8(d);
+  return out;
+}
+
+// The second result holds the outlier columns of A, if there are any.
+template <class Device>
+std::tuple<Tensor, std::optional<Tensor>> int8_mixed_scaled_mm(const Tensor& a, const Tensor& ca, const Tensor& cb, const Tensor& sca,
+                                                               const Tensor& scb, const std::optional<Tensor>& outlier_cols,
+                                                               const std::optional<Tensor>& bias) {
+  const Int8Args<Device> args("int8_mixed_scaled_mm", a);
+  Int8Product<Device> product(args, "CA", ca, "CB", cb);
+  auto& d = product.d;
+  const Tensor x = args.input("A", a), rows = args.scales("SCA", sca, d.m), columns = args.scales("SCB", scb, d.n);
+  if (!std::ranges::equal(a.sizes(), ca.sizes())) args.fail("A", "of shape " + text(sizes(a)), text(sizes(ca)) + ", the shape of CA");
+  d.x = args.values("A", x);
+  const Bias<Device> kept(args, bias, d.n);
+  std::optional<Tensor> list, sub;
+  if (outlier_cols && outlier_cols->numel() > 0) {
+    args.type("outlier_cols", *outlier_cols, ScalarType::Long);
+    list = args.input("outlier_cols", *outlier_cols);
+    d.outliers = read<int64_t>(*list);
+    sub = new_empty(args, a, with_last(a, std::ssize(d.outliers)), a.scalar_type());
+  }
+  const Sizes shape = with_last(a, d.n);
+  const Tensor out = new_empty(args, a, shape, a.scalar_type());
+  d.to = {read<float>(rows), read<float>(columns), kept.view, args.output(out, a.scalar_type(), shape)};
+  args.device.gemm_int8(d);
+  if (sub) args.device.gather_columns(d, sub->mutable_data_ptr());
+  return {out, sub};
+}
+
+template <class Device>
+Tensor int8_linear(const Tensor& a, const Tensor& cb, const Tensor& scb, const std::optional<Tensor>& bias, double threshold) {
+  const Int8Args<Device> args("int8_linear", a);
+  const Matrix shape(args, "A", a);
+  const Tensor x = args.input("A", a), weight = args.weight("CB", cb, shape.columns);
+  const int64_t n = weight.size(0);
+  const Tensor scale = args.scales("SCB", scb, n);
+  const Bias<Device> kept(args, bias, n);
+  const ConstView values = args.values("A", x);
+  const Sizes out_shape = with_last(a, n);
+  const Tensor out = new_empty(args, a, out_shape, a.scalar_type());
+  args.device.linear_int8({shape.rows, n, shape.columns, values, args.threshold(threshold), read<int8_t>(weight), read<float>(scale),
+                           kept.view, args.output(out, a.scalar_type(), out_shape)});
+  return out;
+}
+
+template <class Device> void register_int8(torch::stable::detail::StableLibrary& m) {
+  m.impl("int8_vectorwise_quant", Boxed<int8_vectorwise_quant<Device>>::call);
+  m.impl("int8_vectorwise_dequant", Boxed<int8_vectorwise_dequant<Device>>::call);
+  m.impl("int8_double_quant", Boxed<int8_double_quant<Device>>::call);
+  m.impl("int8_linear_matmul", Boxed<int8_linear_matmul<Device>>::call);
+  m.impl("int8_linear_matmul.out", Boxed<int8_linear_matmul_out<Device>>::call);
+  m.impl("int8_mm_dequant", Boxed<int8_mm_dequant<Device>>::call);
+  m.impl("int8_scaled_mm", Boxed<int8_scaled_mm<Device>>::call);
+  m.impl("int8_mixed_scaled_mm", Boxed<int8_mixed_scaled_mm<Device>>::call);
+  m.impl("int8_linear", Boxed<int8_linear<Device>>::call);
+}
+
+}  // namespace bnb::torch_ops
