@@ -6,6 +6,6 @@ namespace bnb::cpu {
 bool has_avx2();        // AVX2, FMA, F16C
 bool has_avx512();      // F, BW, CD, DQ, VL
 bool has_avx512bf16();  // VBMI, VNNI, BF16
-bool has_amx();         // AMX tiles with bf16, granted to this process by the kernel
+bool has_amx();         // AMX tiles with bf16 and int8, granted to this process by the kernel
 
 }  // namespace bnb::cpu

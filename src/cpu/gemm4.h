@@ -25,7 +25,7 @@ struct ProductOf<Isa, BFloat16> {
 template <class Isa>
   requires(has_tiles<Isa>)
 struct ProductOf<Isa, BFloat16> {
-  using type = AmxGemm<Isa>;
+  using type = AmxGemm<Bf16Tiles4<Isa>>;
 };
 #endif
 
@@ -41,9 +41,8 @@ struct RowProductOf<Isa, T> {
 };
 #endif
 
-template <class Isa> class Gemm {
-  // f<the product that serves d>()
-  template <class F> static auto with_product(const Gemm4bit& d, F&& f) {
+template <class Isa> struct Choice4 {
+  template <class F> static auto of(const Gemm4bit& d, F&& f) {
     return visit(d.a.dtype, [&]<class T>(T) {
       using RowProduct = typename RowProductOf<Isa, T>::type;
       if constexpr (!std::is_void_v<RowProduct>)
@@ -51,22 +50,8 @@ template <class Isa> class Gemm {
       return f.template operator()<typename ProductOf<Isa, T>::type>();
     });
   }
-
- public:
-  static constexpr int64_t column_step = 16;
-  static int64_t pack_bytes(const Gemm4bit& d) {
-    return with_product(d, [&]<class P>() { return P::pack_bytes(d); });
-  }
-  static int64_t pack_units(const Gemm4bit& d) {
-    return with_product(d, [&]<class P>() { return P::pack_units(d); });
-  }
-  static void pack(const Gemm4bit& d, void* packed, Range units) {
-    with_product(d, [&]<class P>() { P::pack(d, packed, units); });
-  }
-  static void run(const Gemm4bit& d, const void* packed, Range columns) {
-    with_product(d, [&]<class P>() { P::run(d, packed, columns); });
-  }
 };
+template <class Isa> using Gemm4 = ProductBy<Gemm4bit, Choice4<Isa>>;
 
 }  // namespace
 }  // namespace bnb::cpu

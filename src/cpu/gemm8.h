@@ -1,14 +1,22 @@
-// a * b^T in int8 (bnb/int8.h): which kernel serves which number of rows on which instruction set.
+// a * b^T in int8 (bnb/int8.h): which kernel serves which number of rows on which instruction set. All give the same sums.
 #pragma once
 
+#include "gemm8_amx.h"
 #include "gemm8_dot.h"
 
 namespace bnb::cpu {
 namespace {
 
-template <class Isa> struct Gemm8 : DotGemm8<Isa> {
-  static constexpr int64_t column_step = kSumColumns;
+template <class Isa> struct Choice8 {
+  template <class F> static auto of(const GemmInt8& d, F&& f) {
+#if defined(__AMX_INT8__)
+    constexpr int64_t kFewRows = 4;  // tiles cost as much for one row as for sixteen
+    if (d.m > kFewRows) return f.template operator()<AmxGemm<Int8Tiles<Isa>>>();
+#endif
+    return f.template operator()<DotGemm8<Isa>>();
+  }
 };
+template <class Isa> using Gemm8 = ProductBy<GemmInt8, Choice8<Isa>>;
 
 }  // namespace
 }  // namespace bnb::cpu

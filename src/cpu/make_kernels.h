@@ -21,7 +21,7 @@ template <class Isa> consteval Kernels make_kernels() {
           .dequantize_4bit = Dequantize<Isa>::run_4bit,
           .quantize_blockwise = Quantize<Isa>::run_blockwise,
           .dequantize_blockwise = Dequantize<Isa>::run_blockwise,
-          .gemm_4bit = make_product<Gemm4bit, Gemm<Isa>>(),
+          .gemm_4bit = make_product<Gemm4bit, Gemm4<Isa>>(),
           .quantize_int8 = Int8Rows<Isa>::quantize,
           .quantize_columns_int8 = Int8Rows<Isa>::quantize_columns,
           .dequantize_int8 = Int8Rows<Isa>::dequantize,

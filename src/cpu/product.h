@@ -36,5 +36,22 @@ template <int columns> void load_bias(const ConstView& all, int64_t n, float (&b
   });
 }
 
+// A product whose kernel depends on the call: Choice::of(d, f) is f<the kernel that serves d>().
+template <class D, class Choice> struct ProductBy {
+  static constexpr int64_t column_step = 16;
+  static int64_t pack_bytes(const D& d) {
+    return Choice::of(d, [&]<class P>() { return P::pack_bytes(d); });
+  }
+  static int64_t pack_units(const D& d) {
+    return Choice::of(d, [&]<class P>() { return P::pack_units(d); });
+  }
+  static void pack(const D& d, void* packed, Range units) {
+    Choice::of(d, [&]<class P>() { P::pack(d, packed, units); });
+  }
+  static void run(const D& d, const void* packed, Range columns) {
+    Choice::of(d, [&]<class P>() { P::run(d, packed, columns); });
+  }
+};
+
 }  // namespace
 }  // namespace bnb::cpu

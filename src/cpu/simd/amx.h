@@ -20,8 +20,12 @@ template <int t> BNB_INLINE void tile_store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(t), "r"(p), "r"(stride) : "memory");
 }
 // c[i][j] += a[i][k] * b[k / 2][2 j + k % 2] over the bf16 elements of a row of a.
-template <int c, int a, int b> BNB_INLINE void tile_dot() {
+template <int c, int a, int b> BNB_INLINE void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
+// The same over its int8 elements, with b[k / 4][4 j + k % 4], in int32.
+template <int c, int a, int b> BNB_INLINE void tile_dot_int8() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
 }
 
 // While it lives, this thread's 8 tiles have 16 rows: of 64 bytes the operands a, of 4 * `width` bytes the others.
