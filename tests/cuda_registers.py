@@ -77,6 +77,7 @@ def main() -> None:
     names = readable([k["name"] for k in kernels])
     table: dict[tuple[str, str], dict[str, str]] = {}
     wrong = []
+    spilled = sum(int(k["stores"]) + int(k["loads"]) for k in kernels)
     for k in kernels:
         kernel = names[k["name"]]
         table.setdefault((k["file"], kernel), {})[k["arch"]] = k["registers"]
@@ -91,7 +92,8 @@ def main() -> None:
             "# Registers of the CUDA kernels",
             "",
             f"Registers of a thread by architecture, as ptxas of CUDA {version[1] if version else '?'} allots them.",
-            "Made by `./dev registers`, which fails if a kernel spills. No shared memory is static.",
+            f"{len(table)} kernels; {spilled} bytes are spilled. Made by `./dev registers`, which fails if a kernel spills",
+            "or has static shared memory.",
             "",
             "| File | Kernel | " + " | ".join(f"sm_{arch}" for arch in options.arch) + " |",
             "|---|---|" + "---:|" * len(options.arch),

@@ -5,53 +5,7 @@
 // memory is dynamic and has no content at first; a block never waits for another.
 #pragma once
 
-#include <bnb/cuda.h>
-
-#include <cstdint>
-#include <string>
-
-namespace bnb::cuda::dev {
-
-inline constexpr unsigned kWarp = 32;
-inline constexpr uint32_t kDefaultShared = 48 << 10;  // more must be asked for before a launch
-
-struct Dim {
-  uint32_t x = 1, y = 1, z = 1;
-};
-
-// The current device; asked for once a device. Throws Error{unsupported} if there is none.
-struct Device {
-  int index = 0;
-  int arch = 0;                 // 10 * major + minor
-  int sms = 0;                  // multiprocessors
-  int64_t l2_bytes = 0;         // second-level cache
-  uint32_t shared_bytes = 0;    // the most that one block may have
-  uint32_t shared_per_sm = 0;   // of all blocks on a multiprocessor
-  uint32_t threads_per_sm = 0;  // likewise
-};
-const Device& device();
-
-// One launch: what runs, and what an error message tells of it.
-struct Launch {
-  const char* op = "";       // the public operation
-  DType dtype = DType::f32;  // of its input or output
-  int64_t shape[3] = {};     // its sizes; zeros behind the first are left out of messages
-  Dim grid = {};             // blocks
-  uint32_t threads = 1;      // of a block
-  uint32_t shared = 0;       // bytes of dynamic shared memory
-  Stream stream = nullptr;
-};
-
-std::string describe(const Launch&);  // "quantize_4bit: bf16 4096"
-// Throws Error with that description and the limit that the launch breaks.
-void check_launch(const Launch&, const Device&);
-
-// Sets memory to zero on the stream. `what` is the operation for which it is done.
-void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
-
-inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
-
-}  // namespace bnb::cuda::dev
+#include "device.h"
 
 #if defined(__CUDACC__)
 

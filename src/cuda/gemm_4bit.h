@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "device.cuh"
+#include "device.h"
 
 namespace bnb::cuda::gemm4 {
 

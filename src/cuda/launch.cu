@@ -1,7 +1,7 @@
 // Limits of a launch, checked before the driver sees it, with a message that says which call it was.
 #include <bnb/error.h>
 
-#include "device.cuh"
+#include "device.h"
 
 namespace bnb::cuda::dev {
 

@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "cpp/cases.h"
-#include "cuda/device.cuh"
 
 namespace bnb::test {
 namespace {
@@ -44,18 +43,16 @@ TYPED_TEST(AgainstCpu, QuantizesWildNumbers) {
           Output<uint8_t> got_codes(static_cast<int64_t>(bytes));
           Output<float> got_absmax(blocks_of(n, blocksize));
           d.codes = got_codes.span(), d.absmax = got_absmax.span();
-          on_device(d, nullptr);
+          on_device(d);
           EXPECT_TRUE(same(got_codes.values(), cpu_codes));
           EXPECT_TRUE(same(got_absmax.values(), cpu_absmax));
         });
       };
       SCOPED_TRACE(std::to_string(n) + " in blocks of " + std::to_string(blocksize));
       for (const auto type : kFormats)
-        expect([](const Quantize4bit& d) { bnb::quantize_4bit(d); }, cuda::quantize_4bit, Quantize4bit{.type = type},
-               static_cast<size_t>(packed_size(n)));
+        expect(bnb::quantize_4bit, test::quantize_4bit, Quantize4bit{.type = type}, static_cast<size_t>(packed_size(n)));
       for (const auto& map : {create_dynamic_map(), create_dynamic_map(false), create_linear_map(), random_map})
-        expect([](const QuantizeBlockwise& d) { bnb::quantize_blockwise(d); }, cuda::quantize_blockwise, QuantizeBlockwise{.code = map},
-               static_cast<size_t>(n));
+        expect(bnb::quantize_blockwise, test::quantize_blockwise, QuantizeBlockwise{.code = map}, static_cast<size_t>(n));
     }
 }
 
@@ -75,14 +72,12 @@ TYPED_TEST(AgainstCpu, DequantizesWildAbsmax) {
     for_each_isa([&] {
       Output<TypeParam> out(n);
       d.out = out.view();
-      on_device(d, nullptr);
+      on_device(d);
       EXPECT_TRUE(same(out.values(), cpu));
     });
   };
-  for (const auto type : kFormats)
-    expect([](const Dequantize4bit& d) { bnb::dequantize_4bit(d); }, cuda::dequantize_4bit, Dequantize4bit{.type = type});
-  for (const auto& m : {map, wild_map})
-    expect([](const DequantizeBlockwise& d) { bnb::dequantize_blockwise(d); }, cuda::dequantize_blockwise, DequantizeBlockwise{.code = m});
+  for (const auto type : kFormats) expect(bnb::dequantize_4bit, test::dequantize_4bit, Dequantize4bit{.type = type});
+  for (const auto& m : {map, wild_map}) expect(bnb::dequantize_blockwise, test::dequantize_blockwise, DequantizeBlockwise{.code = m});
 }
 
 }  // namespace

@@ -5,12 +5,27 @@
 #include <bnb/cuda.h>
 
 #include <array>
+#include <cstring>
 #include <string_view>
 #include <vector>
 
 #include "emulator.h"
 
 namespace bnb::test {
+
+// Calls run(the descriptor for the device, `workspace` bytes there of 0xff, which is NaN).
+template <class D, class F> void on_device(const D& d, int64_t workspace, F&& run) {
+  constexpr size_t kAlign = 256, kLibrary = size_t{32} << 20;  // what a library may use is not worth filling
+  const auto bytes = static_cast<size_t>(workspace);
+  std::vector<std::byte> memory(bytes ? bytes + kAlign : 0);
+  std::byte* at = nullptr;
+  if (bytes) {
+    at = memory.data() + (kAlign - reinterpret_cast<uintptr_t>(memory.data()) % kAlign);
+    const size_t first = bytes > kLibrary ? kLibrary : 0;
+    std::memset(at + first, 0xff, bytes - first);
+  }
+  run(d, static_cast<void*>(at));
+}
 
 inline void quantize_4bit(const Quantize4bit& d) { cuda::quantize_4bit(d, nullptr); }
 inline void dequantize_4bit(const Dequantize4bit& d) { cuda::dequantize_4bit(d, nullptr); }

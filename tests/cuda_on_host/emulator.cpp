@@ -80,7 +80,7 @@ struct Machine {
   std::byte* shared = nullptr;
   uint32_t shared_size = 0, live = 0;
   std::exception_ptr fault;
-  bool running = false;
+  bool running = false, opened = false;  // a barrier of the block has, since the last look
 
   context::fiber scheduler;
   const void* scheduler_stack = nullptr;
@@ -95,6 +95,7 @@ struct Machine {
   void yield(Thread& t);
   void start(uint32_t id);
   void run_block(std::vector<uint32_t>& turn);
+  bool run_some(std::span<const uint32_t> some);
   void lay_shared();
   void check_canary();
   std::string stuck() const;
@@ -228,6 +229,25 @@ std::string Machine::stuck() const {
   return result;
 }
 
+// Each thread that can go on does so until it next waits, or until a barrier opens. Says whether one could.
+bool Machine::run_some(std::span<const uint32_t> some) {
+  bool moved = false;
+  for (const uint32_t i : some) {
+    Thread& t = threads[i];
+    if (t.done || (!fault && t.gate && t.gate->generation == t.generation)) continue;
+    if (fault && !t.begun) {
+      t.done = true;
+      --live;
+      continue;
+    }
+    t.begun = true;
+    switch_to(i);
+    moved = true;
+    if (opened) break;
+  }
+  return moved;
+}
+
 void Machine::run_block(std::vector<uint32_t>& turn) {
   lay_shared();
   for (auto& warp : warps) warp.gate.arrived = 0;
@@ -243,18 +263,16 @@ void Machine::run_block(std::vector<uint32_t>& turn) {
   }
   while (live) {
     bool moved = false;
-    if (order == Order::random) std::shuffle(turn.begin(), turn.end(), random);
-    for (const uint32_t i : turn) {
-      Thread& t = threads[i];
-      if (t.done || (!fault && t.gate && t.gate->generation == t.generation)) continue;
-      if (fault && !t.begun) {
-        t.done = true;
-        --live;
-        continue;
+    if (order == Order::random) {
+      std::shuffle(turn.begin(), turn.end(), random);
+      moved = run_some(turn);
+    } else {
+      // A warp runs until it can go no further; when a barrier opens, the first in turn that it lets through is first again.
+      for (size_t begin = 0, end = 0; begin < turn.size(); begin = end) {
+        while (end < turn.size() && turn[end] / kLanes == turn[begin] / kLanes) ++end;
+        while (!opened && run_some(std::span(turn).subspan(begin, end - begin))) moved = true;
+        if (std::exchange(opened, false)) break;
       }
-      t.begun = true;
-      switch_to(i);
-      moved = true;
     }
     if (!moved && !fault) fault = std::make_exception_ptr(Fault(heading() + stuck()));
   }
@@ -262,8 +280,8 @@ void Machine::run_block(std::vector<uint32_t>& turn) {
   check_canary();
 }
 
-// Waits until `needed` have arrived; the last to arrive runs act.
-template <class F> void arrive(Gate& gate, uint32_t needed, const char* what, Where where, F&& act) {
+// Waits until `needed` have arrived; the last to arrive runs act, and is told so.
+template <class F> bool arrive(Gate& gate, uint32_t needed, const char* what, Where where, F&& act) {
   Thread& t = current();
   if (machine.fault) throw Leave{};
   if (gate.arrived == 0) {
@@ -278,13 +296,23 @@ template <class F> void arrive(Gate& gate, uint32_t needed, const char* what, Wh
     act();
     gate.arrived = 0;
     ++gate.generation;
-    return;
+    return true;
   }
   t.gate = &gate;
   t.generation = gate.generation;
   machine.yield(t);
   if (machine.fault) throw Leave{};
   t.gate = nullptr;
+  return false;
+}
+
+// Whoever opens a barrier of the block is not the first to go on: the order decides.
+void arrive_in_block(Gate& gate, uint32_t needed, const char* what, Where where) {
+  const auto forget = [&] { machine.votes[(machine.barriers[0].generation + 1) % 2] = false; };
+  if (!arrive(gate, needed, what, where, forget) || machine.order == Order::random) return;
+  machine.opened = true;
+  machine.yield(current());
+  if (machine.fault) throw Leave{};
 }
 
 void land(const Copy& c) {
@@ -352,13 +380,13 @@ void barrier(uint32_t id, uint32_t count, Where where) {
   if (id >= kBarriers) fail("barrier " + std::to_string(id) + ", expected 0 to 15", where);
   if (count % kLanes != 0 && count != self.threads) fail("barrier of " + std::to_string(count) + " threads, expected whole warps", where);
   if (count > self.threads) fail("barrier of " + std::to_string(count) + " threads in a block of " + std::to_string(self.threads), where);
-  arrive(machine.barriers[id], count, "barrier", where, [] {});
+  arrive_in_block(machine.barriers[id], count, "barrier", where);
 }
 
 bool barrier_or(bool mine, Where where) {
   const uint64_t now = machine.barriers[0].generation;
   machine.votes[now % 2] |= mine;
-  arrive(machine.barriers[0], self.threads, "barrier_or", where, [&] { machine.votes[(now + 1) % 2] = false; });
+  arrive_in_block(machine.barriers[0], self.threads, "barrier_or", where);
   return machine.votes[now % 2];
 }
 

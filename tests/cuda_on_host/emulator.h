@@ -6,7 +6,8 @@
 //   - vector accesses, asynchronous copies and matrix rows off their alignment or outside the shared memory that they are meant for
 //   - bytes written next to the block's shared memory (under AddressSanitizer: the access itself, also a read)
 // What shows as different bytes, because each launch of a test runs in all three orders (for_each_order):
-//   - a missing barrier: in order, reversed, and seeded random order of threads and blocks
+//   - a missing barrier. In order and reversed, one warp after another runs as far ahead of the others as barriers let it, so the last one
+//     lags behind all; in seeded random order all warps advance together, lane by lane
 //   - reading a copy before it was waited for (copies land as late as they may, in the reversed order at once, in random order either)
 //   - shared memory that was never written (it starts as NaN: bytes 0xff)
 #pragma once

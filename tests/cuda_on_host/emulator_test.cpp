@@ -98,6 +98,30 @@ TEST(CudaOnHost, AMissingBarrierBehindAReadShows) {
   EXPECT_FALSE(same_bytes(in_all_orders(64, planted(64, 256, 1), rotate<kPlanted>)));
 }
 
+// One buffer where two are needed: what a warp reads behind the barrier is overwritten by one that is a round of shuffles ahead. Warps that
+// advance together never get there.
+template <Plant plant> BNB_KERNEL(128, 1) exchange(float* out) {
+  auto& s = dev::shared<float[2][4]>();
+  float v = static_cast<float>(dev::thread());
+  for (int round = 0; round < 4; ++round) {
+    for (unsigned k = 16; k; k /= 2) v += dev::shuffle_xor(v, k);
+    float (&buffer)[4] = s[plant == kNone ? round % 2 : 0];
+    if (dev::lane() == 0) buffer[dev::warp()] = v;
+    dev::barrier();
+    v = buffer[(dev::warp() + 1) % 4] + static_cast<float>(dev::lane());
+  }
+  out[dev::thread()] = v;
+}
+
+TEST(CudaOnHost, AWarpThatRunsAheadShows) {
+  const auto good = in_all_orders(128, planted(128, 32, 1), exchange<kNone>),
+             bad = in_all_orders(128, planted(128, 32, 1), exchange<kPlanted>);
+  EXPECT_TRUE(same_bytes(good));
+  EXPECT_EQ(bad[2], good[2]) << "the random order";
+  EXPECT_NE(bad[0], good[0]) << "in order";
+  EXPECT_NE(bad[1], good[1]) << "reversed";
+}
+
 // Blocks are independent: what depends on their order shows.
 BNB_KERNEL(32, 1) tickets(float* out) {
   if (dev::thread() == 0) out[dev::block().x + 1] = dev::atomic_add(out, 1.0f);
@@ -276,6 +300,8 @@ BNB_KERNEL(64, 1) collectives(float* out) {
   good &= dev::shuffle(i, 35) == i / 32 * 32 + 3 && dev::shuffle_xor(uint64_t{i} << 33, 5) == uint64_t{i ^ 5} << 33;
   good &= dev::shuffle_down(static_cast<int>(lane), 3) == static_cast<int>(lane < 29 ? lane + 3 : lane);
   good &= dev::barrier_or(i == 63) && !dev::barrier_or(false) && dev::barrier_or(i == 0);
+  dev::barrier();
+  good &= !dev::barrier_or(false);
   dev::barrier(1 + dev::warp(), 32);
   dev::warp_barrier();
   out[i] = good;
