@@ -12,6 +12,7 @@ import torch
 from torch.library import register_fake, register_kernel
 
 from . import _checks as check
+from . import _ops_int8
 
 __all__ = ["SCHEMAS", "register_fake", "register_kernel"]
 
@@ -38,6 +39,8 @@ SCHEMAS = {
 
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"bitsandbytes::{_name}", _schema)
+
+SCHEMAS |= _ops_int8.SCHEMAS  # defined there
 
 
 def check_packed(op: str, name: str, packed: torch.Tensor, n: int) -> None:

@@ -3,6 +3,7 @@
 import os
 import struct
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from ._ops import SCHEMAS
+from ._ops_int8 import SCHEMAS as INT8
 
 PACKAGE_DIR = Path(__file__).parent
 
@@ -25,6 +27,7 @@ class Native:
     device_type: str  # of torch
     title: str
     advice: str
+    by_default: Collection[str] = ()  # operators that its library need not have: backends/default serves them
 
     @property
     def key(self) -> str:
@@ -42,9 +45,13 @@ class Native:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         return [name for name in SCHEMAS if not has_kernel(f"bitsandbytes::{name}", self.key)]
 
+    def missing(self) -> list[str]:
+        """Operators of without_kernel() that its library must have."""
+        return [name for name in self.without_kernel() if name not in self.by_default]
+
 
 CPU = Native("cpu", "the CPU", "reinstalling bitsandbytes for this platform and version of torch may help")
-CUDA = Native("cuda", "CUDA devices", "building bitsandbytes with COMPUTE_BACKEND=cuda gives it one")
+CUDA = Native("cuda", "CUDA devices", "building bitsandbytes with COMPUTE_BACKEND=cuda gives it one", INT8)
 
 
 class BNBNativeLibrary:
@@ -83,7 +90,7 @@ def get_native_library(native: Native) -> BNBNativeLibrary | ErrorHandlerMockBNB
         try:
             _check_complete(path)
             library = BNBNativeLibrary(path)
-            if not (missing := native.without_kernel()):
+            if not (missing := native.missing()):
                 return library
             reason = f"it has no kernel for {', '.join(missing)}"
         except OSError as error:

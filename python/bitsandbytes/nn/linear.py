@@ -45,8 +45,8 @@ class Linear4bit(torch.nn.Linear):
 
     Args:
         input_features, output_features: K and N.
-        compute_dtype: dtype of the product; by default that of the first input, where an fp64 one counts as fp32, and an
-            fp16 one settles nothing.
+        compute_dtype: dtype of the product; by default that of the first input, where an fp64 one counts as fp32, and
+            an fp16 one settles nothing.
         compress_statistics: quantize the scales of the blocks too.
         quant_type: "fp4" or "nf4".
         quant_storage: dtype that packed bytes are stored as.

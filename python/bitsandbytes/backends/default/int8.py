@@ -1,0 +1,167 @@
+"""The operators of LLM.int8() in plain torch, for any device that has no kernel of its own (docs/NUMERICS.md)."""
+
+import torch
+from torch import Tensor
+
+from ... import _checks as check
+from ..._ops import register_kernel
+from ..._ops_int8 import (
+    check_dequant,
+    check_epilogue,
+    check_linear,
+    check_matmul,
+    check_mixed,
+    check_mm_dequant,
+    check_quant,
+)
+
+_ops = torch.ops.bitsandbytes
+_FLOAT_MAX = torch.finfo(torch.float32).max
+_EXACT = 1024  # products of two codes whose sum a float holds exactly: 1024 * 128 * 128 = 2^24
+
+
+def _matrix(A: Tensor) -> Tensor:
+    """A [..., K] as a matrix; also where K is 0 and reshape cannot tell the number of rows."""
+    return A.reshape(A.shape[:-1].numel(), A.shape[-1])
+
+
+def _over(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, rounded once: some devices multiply by the reciprocal of a number."""
+    return x / torch.full_like(x, divisor)
+
+
+def _outliers(x: Tensor, threshold: float) -> Tensor | None:
+    return x.abs() >= threshold if threshold > 0 else None
+
+
+def _quantize(x: Tensor, outliers: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+    """code = x * (127 / scale) and scale = max |x| along `dim`, without the outliers, in fp32."""
+    magnitude = x.abs() if outliers is None else x.abs().masked_fill(outliers, 0)
+    shape = (x.shape[0], 1) if dim == 1 else (1, x.shape[1])
+    scale = magnitude.amax(dim, keepdim=True) if x.shape[dim] else x.new_zeros(shape)
+    # The first factor keeps 127 / scale finite.
+    first = torch.where(scale < 2.0**-100, 2.0**100, 1.0)
+    usable = (scale > 0) & (scale <= _FLOAT_MAX)
+    codes = x * first * (torch.full_like(scale, 127.0) / (scale * first))
+    codes = codes.masked_fill(~usable if outliers is None else ~usable | outliers, 0)
+    return codes.round().to(torch.int8), scale.view(-1)
+
+
+def _outlier_columns(outliers: Tensor | None) -> Tensor | None:
+    return None if outliers is None else outliers.any(0).nonzero().view(-1)
+
+
+def _quantize_rows(x: Tensor, outliers: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    codes, scale = _quantize(x, outliers, 1)
+    columns = _outlier_columns(outliers)
+    if columns is not None:
+        codes[:, columns] = 0
+    return codes, scale, columns
+
+
+def _sums(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B^T of codes in int32, exact: through fp32 in pieces that it holds exactly, on every device."""
+    sums = torch.zeros(A.shape[0], B.shape[0], dtype=torch.int32, device=A.device)
+    for k in range(0, A.shape[1], _EXACT):
+        sums += (A[:, k : k + _EXACT].float() @ B[:, k : k + _EXACT].float().t()).to(torch.int32)
+    return sums
+
+
+def _dequantize_sums(sums: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
+    return sums.float() * (row_scale.view(-1, 1) * _over(column_scale.view(1, -1), 127.0 * 127.0))
+
+
+def _outlier_product(x: Tensor, CB: Tensor, SCB: Tensor, columns: Tensor | None) -> Tensor | float:
+    """What the outlier columns of x, which are zero in its codes, add to the product."""
+    if columns is None or columns.numel() == 0:
+        return 0.0
+    return x[:, columns].float() @ (CB[:, columns].float() * _over(SCB.view(-1, 1), 127.0)).t()
+
+
+def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Adds the bias and rounds once."""
+    y = y if bias is None else y + bias.reshape(-1).float()
+    return y.to(dtype).view(*like.shape[:-1], y.shape[1])
+
+
+@register_kernel("bitsandbytes::int8_vectorwise_quant", "default")
+def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    check_quant("int8_vectorwise_quant", A, threshold)
+    x = _matrix(A).float()
+    codes, scale, columns = _quantize_rows(x, _outliers(x, threshold))
+    return codes.view(A.shape), scale, columns
+
+
+@register_kernel("bitsandbytes::int8_double_quant", "default")
+def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    check_quant("int8_double_quant", A, threshold)
+    x = _matrix(A).float()
+    outliers = _outliers(x, threshold)
+    codes, row_scale, columns = _quantize_rows(x, outliers)
+    codes_by_column, column_scale = _quantize(x, outliers, 0)
+    return codes.view(A.shape), codes_by_column.view(A.shape), row_scale, column_scale, columns
+
+
+@register_kernel("bitsandbytes::int8_vectorwise_dequant", "default")
+def _(A: Tensor, stats: Tensor) -> Tensor:
+    check_dequant(A, stats)
+    return (_matrix(A).float() * stats.view(-1, 1) * (1 / 127)).view(A.shape)
+
+
+@register_kernel("bitsandbytes::int8_linear_matmul", "default")
+def _(A: Tensor, B: Tensor) -> Tensor:
+    check_matmul("int8_linear_matmul", A, B)
+    return _sums(_matrix(A), B).view(*A.shape[:-1], B.shape[0])
+
+
+@register_kernel("bitsandbytes::int8_linear_matmul.out", "default")
+def _(A: Tensor, B: Tensor, out: Tensor) -> None:
+    check_matmul("int8_linear_matmul", A, B)
+    check.out_like("int8_linear_matmul", out, (*A.shape[:-1], B.shape[0]), torch.int32, A.device)
+    out.copy_(_ops.int8_linear_matmul.default(A, B))
+
+
+@register_kernel("bitsandbytes::int8_mm_dequant", "default")
+def _(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
+) -> Tensor:
+    dtype = check_mm_dequant(A, row_stats, col_stats, dtype, bias)
+    return _finish(_dequantize_sums(_matrix(A), row_stats, col_stats), bias, dtype, A)
+
+
+@register_kernel("bitsandbytes::int8_scaled_mm", "default")
+def _(
+    A: Tensor,
+    B: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    check_matmul("int8_scaled_mm", A, B)
+    dtype = check_epilogue("int8_scaled_mm", A, B.shape[0], row_stats, col_stats, dtype, bias)
+    return _finish(_dequantize_sums(_sums(_matrix(A), B), row_stats, col_stats), bias, dtype, A)
+
+
+@register_kernel("bitsandbytes::int8_mixed_scaled_mm", "default")
+def _(
+    A: Tensor,
+    CA: Tensor,
+    CB: Tensor,
+    SCA: Tensor,
+    SCB: Tensor,
+    outlier_cols: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    check_mixed(A, CA, CB, SCA, SCB, outlier_cols, bias)
+    y = _dequantize_sums(_sums(_matrix(CA), CB), SCA, SCB) + _outlier_product(_matrix(A), CB, SCB, outlier_cols)
+    return _finish(y, bias, A.dtype, A), None if outlier_cols is None else A[..., outlier_cols].contiguous()
+
+
+@register_kernel("bitsandbytes::int8_linear", "default")
+def _(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, threshold: float = 0.0) -> Tensor:
+    check_linear(A, CB, SCB, bias, threshold)
+    x = _matrix(A).float()
+    codes, scale, columns = _quantize_rows(x, _outliers(x, threshold))
+    y = _dequantize_sums(_sums(codes, CB), scale, SCB) + _outlier_product(x, CB, SCB, columns)
+    return _finish(y, bias, A.dtype, A)
