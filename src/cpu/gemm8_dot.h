@@ -49,8 +49,13 @@ template <class Isa> class Finish8 {
   // Rows [m, m + count): sums[i][16].
   void rows(int64_t m, int64_t count, const int32_t* sums) const {
     if (!d_.sums.empty()) {
-      for (int64_t i = 0; i < count; ++i)
-        std::memcpy(d_.sums.data() + (m + i) * d_.n + n_, sums + i * kSumColumns, static_cast<size_t>(count_) * 4);
+      for (int64_t i = 0; i < count; ++i) {
+        int32_t* to = d_.sums.data() + (m + i) * d_.n + n_;
+        if (count_ == kSumColumns)
+          std::memcpy(to, sums + i * kSumColumns, kSumColumns * 4);
+        else
+          std::memcpy(to, sums + i * kSumColumns, static_cast<size_t>(count_) * 4);
+      }
       return;
     }
     visit(d_.to.out.dtype, [&](auto t) {
