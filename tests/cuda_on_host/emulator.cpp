@@ -65,7 +65,7 @@ struct Warp {
 
 struct Machine {
   Order order = Order::forward;
-  uint64_t seed = 1;
+  uint64_t seed = 1, last_blocks = UINT64_MAX;
   std::mt19937_64 random;
   Totals totals;
 
@@ -329,6 +329,8 @@ void set_order(Order order, uint64_t seed) {
   machine.seed = seed;
 }
 
+void run_last_blocks(uint64_t most) { machine.last_blocks = most; }
+
 void for_each_order(const std::function<void(Order)>& body) {
   for (const auto order : kOrders) {
     set_order(order);
@@ -364,12 +366,14 @@ void run(const char* kernel, Position grid, uint32_t threads, uint32_t shared, c
     for (uint32_t i = 0; i < count; ++i) turn[i] = machine.order == Order::reversed ? static_cast<uint32_t>(count) - 1 - i : i;
     return turn;
   };
-  auto blocks = in_order(uint64_t{grid.x} * grid.y * grid.z);
+  const uint64_t all = uint64_t{grid.x} * grid.y * grid.z, count = std::min(all, machine.last_blocks);
+  auto blocks = in_order(count);
   auto turn = in_order(threads);
   if (machine.order == Order::random) std::shuffle(blocks.begin(), blocks.end(), machine.random);
   ++machine.totals.launches;
-  for (const uint32_t b : blocks) {
-    self.block = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+  for (const uint32_t i : blocks) {
+    const uint64_t b = all - count + i, row = b / grid.x;
+    self.block = {static_cast<uint32_t>(b % grid.x), static_cast<uint32_t>(row % grid.y), static_cast<uint32_t>(row / grid.y)};
     machine.run_block(turn);
     ++machine.totals.blocks;
     machine.totals.threads += threads;

@@ -36,6 +36,9 @@ void set_order(Order, uint64_t seed = 1);
 // Calls body in each order.
 void for_each_order(const std::function<void(Order)>& body);
 
+// Of each grid that follows only the last blocks run, so many at most: for tensors too large to be gone through.
+void run_last_blocks(uint64_t most);
+
 // What has run so far.
 struct Totals {
   int64_t launches = 0, blocks = 0, threads = 0, switches = 0;
