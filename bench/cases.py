@@ -7,7 +7,7 @@ follow from its time. `reach` is the ratio to reach: time of the reference / tim
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Call = Callable[[], Any]
@@ -22,7 +22,8 @@ FLAT = 1 << 22
 class Case:
     name: str
     make: Callable[[], Call]  # prepares the data, gives the call to be timed
-    # The limit it is held against: read, copy, cache, fresh32, fresh64 (bytes), fma, bf16 (operations), "" (the call).
+    # The limit it is held against: read, copy, cache, fresh32, fresh64 (bytes), fma, bf16, int8
+    # (operations), "" (the call).
     bound: str = ""
     bytes: float = 0
     flops: float = 0
@@ -165,6 +166,68 @@ def linear_training(dtype: str, m: int, reach: float) -> Case:
     return Case(name, make, "bf16", 2 * _matmul_bytes(dtype, m, 4096, 4096), flops, reach)
 
 
+def quantize_rows(m: int, k: int, dtype: str, threshold: float, reach: float | None) -> Case:
+    def make() -> Call:
+        import bitsandbytes.functional as F
+
+        x = _randn(m, k, dtype=dtype)
+        return lambda: F.int8_vectorwise_quant(x, threshold=threshold)
+
+    name = f"int8_vectorwise_quant {m}x{k} {dtype}{f' threshold {threshold:g}' if threshold else ''}"
+    return Case(name, make, "copy", m * k * (SIZE[dtype] + 1), reach=reach)
+
+
+def int8_matmul(m: int, n: int, k: int, reach: float) -> Case:
+    def make() -> Call:
+        import torch
+
+        import bitsandbytes.functional as F
+
+        a, b = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
+        return lambda: F.int8_linear_matmul(a, b)
+
+    flops, size = 2.0 * m * n * k, (m + n) * k + 4.0 * m * n
+    return Case(f"int8_linear_matmul {m}x{n}x{k}", make, "int8", size, flops, reach)
+
+
+def linear8(
+    dtype: str,
+    m: int,
+    reach: float | None,
+    n: int = 4096,
+    k: int = 4096,
+    bound: str = "",
+    layers: int = 1,
+    threshold: float = 6.0,
+) -> Case:
+    """One in a thousand columns of x holds outliers."""
+
+    def make() -> Call:
+        import torch
+
+        import bitsandbytes as bnb
+
+        def layer() -> Any:
+            made = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold)
+            weight = _randn(n, k, dtype=dtype) / k**0.5
+            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            return made.to("cpu").eval()  # this is what quantizes
+
+        stack = [layer() for _ in range(layers)]
+        x = _randn(m, k, dtype=dtype)
+        x[:, :: max(1, min(1000, k - 1))] *= 10
+
+        def call() -> None:
+            with torch.inference_mode():
+                for made in stack:
+                    made(x)
+
+        return call
+
+    name = f"Linear8bitLt {dtype} {n}x{k} M={m}" + f" {layers} layers in turn" * (layers > 1)
+    return Case(name, make, bound, layers * _matmul_bytes(dtype, m, n, k, 1), layers * 2.0 * m * n * k, reach)
+
+
 def torch_linear(m: int, reach: float) -> Case:
     def make() -> Call:
         import torch
@@ -227,6 +290,14 @@ CASES: tuple[Case, ...] = (
     linear("fp32", 1, 0.8, bound="cache"),
     linear("fp32", 128, 0.7, bound="fma"),
     linear_training("bf16", 256, 1.6),
+    quantize_rows(2048, 4096, "fp16", 0.0, 20),
+    quantize_rows(2048, 4096, "fp16", 6.0, None),
+    int8_matmul(512, 4096, 4096, 1.1),
+    linear8("bf16", 1, 2, bound="cache"),
+    linear8("bf16", 1, None, bound="read", layers=10),
+    linear8("bf16", 8, None, bound="cache"),
+    *(linear8("bf16", m, reach, bound="int8") for m, reach in ((32, 3.5), (128, 1.9), (512, 1.5))),
+    linear8("bf16", 1, 8, n=64, k=64),
     *(torch_linear(m, 1 if m <= 32 else 0.95) for m in (1, 8, 32, 128, 512)),
     *(dequantize_then_linear("bf16", m, 1) for m in (1, 8, 32, 128, 512)),
     *(dequantize_then_linear("fp32", m, 1) for m in (1, 128)),
@@ -248,22 +319,22 @@ ISA_REACH = dict.fromkeys(("quantize_4bit", "dequantize_4bit", "quantize_blockwi
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the real model: its key in the output of bench.real_model, and the ratio to reach."""
+    """A figure of the real model: its key in the output of bench.real_model, and the ratio to reach in each mode."""
 
     key: str
     title: str
     more_is_better: bool
-    reach: float | None = None
+    reach: dict[str, float] = field(default_factory=dict)
 
 
-MODEL_MODES = ("nf4", "fp4")
+MODEL_MODES = ("nf4", "fp4", "int8")
 MODEL_FIGURES = (
-    Figure("load", "load s", False, 2),
+    Figure("load", "load s", False, {"nf4": 2, "fp4": 2}),
     Figure("mb", "model MB", False),
-    Figure("decode", "decode tokens/s", True, 1.5),
-    Figure("prefill", "prefill tokens/s", True, 1.3),
+    Figure("decode", "decode tokens/s", True, {"nf4": 1.5, "fp4": 1.5, "int8": 2.5}),
+    Figure("prefill", "prefill tokens/s", True, {"nf4": 1.3, "fp4": 1.3, "int8": 1.5}),
     Figure("perplexity", "perplexity", False),
-    Figure("rss", "peak RSS MB", False, 1),
+    Figure("rss", "peak RSS MB", False, dict.fromkeys(MODEL_MODES, 1)),
 )
 IMPORT_NAME = "import beyond torch"
 IMPORT_CODE = "import torch, time; t = time.perf_counter(); import bitsandbytes; print(time.perf_counter() - t)"

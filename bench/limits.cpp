@@ -1,10 +1,12 @@
 // What this machine can do, for the percentages of the benchmark: prints one JSON object
-//   {"threads": {"1": {"read": x, "copy": x, "write": x, "cache": x, "fresh32": x, "fresh64": x, "fma": y, "bf16": y}, "2": {...}},
-//    "fma_isa": "avx512f", "bf16_isa": "amx"}                                           x in GB/s, y in GFLOP/s
+//   {"threads": {"1": {"read": x, "copy": x, "write": x, "cache": x, "fresh32": x, "fresh64": x, "fma": y, "bf16": y,
+//                      "int8": y}, "2": {...}},
+//    "fma_isa": "avx512f", "bf16_isa": "amx", "int8_isa": "amx"}                        x in GB/s, y in 10^9 operations/s
 // read   reading 256 MiB                        write  non-temporal stores to 256 MiB of mapped pages
 // fresh  writing 32 and 64 MiB that were not mapped before, in huge pages, mapping and unmapping included
 // copy   non-temporal copy, read + written      cache  reading 8 MiB again and again (the weights of one 4096x4096 4-bit layer)
 // fma    fp32 multiply-adds in registers        bf16   the best of fma, vdpbf16ps and tdpbf16ps, products of bf16 with fp32 sums
+// int8   the best of vpmaddwd, vpdpbusd and tdpbssd, products of int8 with int32 sums
 // Each figure is the best of several runs. Usage: bnb_limits [threads ...]
 #include <algorithm>
 #include <atomic>
@@ -95,7 +97,8 @@ struct Machine {
   void (*copy)(char*, const char*, size_t);
   double (*fma)();  // returns the operations done
   double (*bf16)();
-  std::string fma_isa, bf16_isa;
+  double (*int8)();
+  std::string fma_isa, bf16_isa, int8_isa;
 };
 
 uint64_t read_plain(const char* p, size_t n) {
@@ -153,6 +156,18 @@ TARGET("avx2,fma") double fma_avx2() {
   return 2.0 * 8 * 12 * kSteps;
 }
 
+TARGET("avx2") double madd_avx2() {
+  __m256i s[12] = {};
+  const __m256i a = _mm256_setzero_si256();
+  for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 24
+    for (auto& v : s) {
+      __m256i product;
+      asm volatile("vpmaddwd %2, %2, %1; vpaddd %1, %0, %0" : "+x"(v), "=&x"(product) : "x"(a));
+    }
+  return 2.0 * 16 * 12 * kSteps;
+}
+
 TARGET("avx512f") uint64_t read_avx512(const char* p, size_t n) {
   __m512i s[4] = {};
   for (size_t i = 0; i < n; i += 256)
@@ -188,7 +203,15 @@ TARGET("avx512f,avx512bf16") double dot_avx512bf16() {
     for (auto& v : s) asm volatile("vdpbf16ps %1, %1, %0" : "+v"(v) : "v"(a));
   return 2.0 * 32 * 24 * kSteps;
 }
-double tiles_amx() {
+TARGET("avx512f,avx512vnni") double dot_avx512vnni() {
+  __m512i s[24] = {};
+  const __m512i a = _mm512_setzero_si512();
+  for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 24
+    for (auto& v : s) asm volatile("vpdpbusd %1, %1, %0" : "+v"(v) : "v"(a));
+  return 2.0 * 64 * 24 * kSteps;
+}
+template <bool int8> double tiles_amx() {
   struct alignas(64) Shape {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -200,31 +223,40 @@ double tiles_amx() {
       "tilezero %%tmm0; tilezero %%tmm1; tilezero %%tmm2; tilezero %%tmm3; tilezero %%tmm4; tilezero %%tmm5; "
       "tilezero %%tmm6; tilezero %%tmm7" ::);
   for (int64_t i = 0; i < kSteps / 4; ++i)
-    asm volatile(
-        "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1; "
-        "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
+    if constexpr (int8)
+      asm volatile(
+          "tdpbssd %%tmm6, %%tmm4, %%tmm0; tdpbssd %%tmm7, %%tmm4, %%tmm1; "
+          "tdpbssd %%tmm6, %%tmm5, %%tmm2; tdpbssd %%tmm7, %%tmm5, %%tmm3" ::);
+    else
+      asm volatile(
+          "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1; "
+          "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
   asm volatile("tilerelease" ::);
-  return 2.0 * 16 * 16 * 32 * 4 * (kSteps / 4);
+  return 2.0 * 16 * 16 * (int8 ? 64 : 32) * 4 * (kSteps / 4);
 }
 
-bool has_amx_bf16() {
+bool has_amx() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl: Linux hands out the tile registers on request
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 Machine machine() {
-  Machine m{read_plain, write_plain, copy_plain, fma_plain, fma_plain, "sse2", "sse2"};
+  Machine m{read_plain, write_plain, copy_plain, fma_plain, fma_plain, fma_plain, "sse2", "sse2", "sse2"};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    m = {read_avx2, write_avx2, copy_avx2, fma_avx2, fma_avx2, "avx2", "avx2"};
-  if (__builtin_cpu_supports("avx512f")) m = {read_avx512, write_avx512, copy_avx512, fma_avx512, fma_avx512, "avx512f", "avx512f"};
+    m = {read_avx2, write_avx2, copy_avx2, fma_avx2, fma_avx2, madd_avx2, "avx2", "avx2", "avx2"};
+  if (__builtin_cpu_supports("avx512f")) {
+    m.read = read_avx512, m.write = write_avx512, m.copy = copy_avx512, m.fma = m.bf16 = fma_avx512;
+    m.fma_isa = m.bf16_isa = "avx512f";
+  }
+  if (__builtin_cpu_supports("avx512vnni")) m.int8 = dot_avx512vnni, m.int8_isa = "avx512vnni";
   if (__builtin_cpu_supports("avx512bf16")) m.bf16 = dot_avx512bf16, m.bf16_isa = "avx512bf16";
-  if (has_amx_bf16()) m.bf16 = tiles_amx, m.bf16_isa = "amx";
+  if (has_amx()) m.bf16 = tiles_amx<false>, m.int8 = tiles_amx<true>, m.bf16_isa = m.int8_isa = "amx";
   return m;
 }
 #else
-Machine machine() { return {read_plain, write_plain, copy_plain, fma_plain, fma_plain, "plain", "plain"}; }
+Machine machine() { return {read_plain, write_plain, copy_plain, fma_plain, fma_plain, fma_plain, "plain", "plain", "plain"}; }
 #endif
 
 }  // namespace
@@ -276,11 +308,12 @@ int main(int argc, char** argv) {
       return rate;
     };
     const double fresh32 = fresh(size_t{32} << 20), fresh64 = fresh(size_t{64} << 20);
-    const double fma = peak(m.fma), bf16 = std::max(fma, peak(m.bf16));
+    const double fma = peak(m.fma), bf16 = std::max(fma, peak(m.bf16)), int8 = peak(m.int8);
     std::printf(
         "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"cache\": %.2f, \"fresh32\": %.2f, \"fresh64\": %.2f, \"fma\": %.1f, "
-        "\"bf16\": %.1f}",
-        c ? ", " : "", n, read, copy, write, cache, fresh32, fresh64, fma, bf16);
+        "\"bf16\": %.1f, \"int8\": %.1f}",
+        c ? ", " : "", n, read, copy, write, cache, fresh32, fresh64, fma, bf16, int8);
   }
-  std::printf("}, \"fma_isa\": \"%s\", \"bf16_isa\": \"%s\"}\n", m.fma_isa.c_str(), m.bf16_isa.c_str());
+  std::printf("}, \"fma_isa\": \"%s\", \"bf16_isa\": \"%s\", \"int8_isa\": \"%s\"}\n", m.fma_isa.c_str(), m.bf16_isa.c_str(),
+              m.int8_isa.c_str());
 }

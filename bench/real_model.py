@@ -28,12 +28,25 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def _four_bit(kind: str, nested: bool) -> dict[str, Any]:
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": nested,
+    }
+
+
 MODES: dict[str, dict[str, Any] | None] = {  # arguments of BitsAndBytesConfig
     "bf16": None,
-    "nf4": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
-    "nf4-plain": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
-    "fp4-plain": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "nf4": _four_bit("nf4", True),
+    "fp4": _four_bit("fp4", True),
+    "nf4-plain": _four_bit("nf4", False),
+    "fp4-plain": _four_bit("fp4", False),
+    "int8": {"load_in_8bit": True},  # with a threshold of 6
+    "int8-4": {"load_in_8bit": True, "llm_int8_threshold": 4.0},
+    "int8-0": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
 }
 PROMPT = "Explain in two sentences why the sky is blue."
 
@@ -105,7 +118,7 @@ def load(mode: str = "bf16", path: Path | None = None) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     arguments = MODES[mode]
-    config = arguments and BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **arguments)
+    config = arguments and BitsAndBytesConfig(**arguments)
     model = AutoModelForCausalLM.from_pretrained(path or model_path(), dtype=torch.bfloat16, quantization_config=config)
     return model.eval()
 
@@ -119,6 +132,8 @@ def model_mb(model: Any) -> float:
         while state is not None:
             total += state.absmax.numel() * state.absmax.element_size()
             state = state.state2
+        scales = getattr(p, "SCB", None)
+        total += 0 if scales is None else scales.numel() * scales.element_size()
     return total / 1e6
 
 

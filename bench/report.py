@@ -43,7 +43,7 @@ def rate_and_share(case: dict[str, Any], limits: dict[str, Any], threads: str) -
     if not bound:
         return ""
     limit = limits["threads"][threads][bound]
-    work, unit = (case["flops"], "GFLOP/s") if bound in ("fma", "bf16") else (case["bytes"], "GB/s")
+    work, unit = (case["flops"], "GFLOP/s") if f"{bound}_isa" in limits else (case["bytes"], "GB/s")
     rate = work / seconds / 1e9
     return (
         f"{rate:.0f} {unit}, {rate / limit:.0%} of {bound}"
@@ -102,7 +102,7 @@ def model_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     for figure in cases.MODEL_FIGURES:
         ours, reference = (found["figures"][side][figure.key] for side in ("ours", "reference"))
         ratio = ours / reference if figure.more_is_better else reference / ours
-        reach = figure.reach
+        reach = figure.reach.get(found["mode"])
         met = "" if reach is None else ("yes" if ratio >= reach else "NO")
         name = f"{found['name']}: {figure.title}"
         rows.append(

@@ -130,7 +130,7 @@ def measure_model(mode: str, ours: Side, reference: Side, effort: Effort) -> dic
             for f in cases.MODEL_FIGURES:
                 better = max if f.more_is_better else min
                 found[key][f.key] = better(found[key].get(f.key, figures[f.key]), figures[f.key])
-    return {"name": f"model {mode}", "figures": found}
+    return {"name": f"model {mode}", "mode": mode, "figures": found}
 
 
 def machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Quantize a real language model to NF4 with unmodified transformers, and compare it with the bf16 original.
+"""Quantize a real language model to int8 and NF4 with unmodified transformers, and compare both with the bf16 original.
 
 Run it with ``./dev demo``. Each model lives in a process of its own, so that load time and memory are its own.
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import real_model
 
-MODES = {"bf16": "bf16", "nf4": "NF4"}
+MODES = {"bf16": "bf16", "int8": "int8", "nf4": "NF4"}
 STEPS = {
     "load": "loading",
     "prefill": "reading a prompt of 1024 tokens",

@@ -17,7 +17,7 @@ RESULT: dict[str, Any] = {
     "packages": {},
     "limits": {
         "threads": {
-            t: dict.fromkeys(("read", "copy", "write", "cache", "fresh32", "fresh64", "fma", "bf16"), 20.0)
+            t: dict.fromkeys(("read", "copy", "write", "cache", "fresh32", "fresh64", "fma", "bf16", "int8"), 20.0)
             for t in ("1", "2")
         },
         "fma_isa": "avx2",
@@ -54,7 +54,7 @@ def test_a_ratio_below_the_reach_is_said_to_be_missed() -> None:
 def test_model_figures_count_upwards_whichever_way_is_better() -> None:
     figures = {f.key: 10.0 for f in cases.MODEL_FIGURES}
     ours = {**figures, "load": 5.0, "decode": 40.0}
-    rows = report.model_rows({"name": "model nf4", "figures": {"ours": ours, "reference": figures}})
+    rows = report.model_rows({"name": "model nf4", "mode": "nf4", "figures": {"ours": ours, "reference": figures}})
     ratios = {row[0].removeprefix("model nf4: "): row[3] for row in rows}
     assert ratios["load s"] == "2.00" and ratios["decode tokens/s"] == "4.00" and ratios["perplexity"] == "1.00"
 
