@@ -1,22 +1,24 @@
-"""k-bit quantization for PyTorch: 4-bit layers and 8-bit block-wise quantization on one C++ core."""
+"""k-bit quantization for PyTorch: 4-bit and int8 layers and 8-bit block-wise quantization on one C++ core."""
 
 import importlib.metadata
 import re
 from pathlib import Path
 
 from . import functional, nn, utils
-from .autograd._functions import matmul_4bit
+from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .backends.cpu import ops as cpu_ops
 from .backends.cuda import ops as cuda_ops
 from .backends.default import ops as default_ops
 from .nn import modules
 
 __all__ = [
+    "MatmulLtState",
     "cpu_ops",
     "cuda_ops",
     "default_ops",
     "features",
     "functional",
+    "matmul",
     "matmul_4bit",
     "modules",
     "nn",

@@ -5,7 +5,7 @@ import logging
 import shlex
 import subprocess
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +35,85 @@ def unpack_tensor_to_dict(tensor_data: torch.Tensor) -> dict[str, Any]:
     if not isinstance(unpacked, dict):
         raise ValueError(f"unpack_tensor_to_dict: tensor_data holds a {type(unpacked).__name__}, expected a dict")
     return unpacked
+
+
+def find_outlier_dims(
+    weight: torch.Tensor,
+    reduction_dim: int = 0,
+    zscore: float = 4.0,
+    topk: int | None = None,
+    rdm: bool = False,
+) -> torch.Tensor:
+    """Columns (reduction_dim 0) or rows (1) whose standard deviation stands out.
+
+    Args:
+        zscore: by so many standard deviations of the standard deviations.
+        topk: the so many largest instead.
+        rdm: so many random columns instead.
+
+    Raises:
+        ValueError: rdm without topk.
+    """
+    if rdm:
+        if topk is None:
+            raise ValueError("find_outlier_dims: topk is None, expected the number of random columns")
+        return torch.randint(0, weight.shape[1], (topk,), device=weight.device)
+    std = weight.float().std(reduction_dim)
+    if topk is not None:
+        return std.topk(topk).indices
+    return ((std - std.mean()) / std.std() > zscore).nonzero().view(-1)
+
+
+class OutlierTracer:
+    """Finds the outlier columns of the inputs of all linear layers of a model, while it first runs."""
+
+    _instance: ClassVar[Any] = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("OutlierTracer: it is made once, expected OutlierTracer.get_instance()")
+
+    def initialize(self, model: torch.nn.Module) -> None:
+        """Forgets what it knew, and watches the linear layers of a model until each has run."""
+        for hook in getattr(self, "hooks", []):
+            hook.remove()
+        self.hvalue2outlier_idx: dict[int, torch.Tensor] = {}
+        linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        self.hooks = [m.register_forward_pre_hook(outlier_hook) for m in linears]
+        self.initialized = True
+
+    def is_initialized(self) -> bool:
+        return getattr(self, "initialized", False)
+
+    def get_hvalue(self, weight: torch.Tensor) -> int:
+        """What tells one weight from another: the address of its storage."""
+        return weight.untyped_storage().data_ptr()
+
+    def get_outliers(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The outlier columns of the inputs of the layer with this weight; None if it did not run."""
+        if not self.is_initialized():
+            raise RuntimeError("OutlierTracer: no outliers are known, expected OutlierTracer.initialize(model)")
+        return self.hvalue2outlier_idx.get(self.get_hvalue(weight))
+
+    @classmethod
+    def get_instance(cls) -> "OutlierTracer":
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+        return cls._instance
+
+
+def outlier_hook(module: torch.nn.Module, input: tuple[torch.Tensor, ...]) -> None:
+    """Before a linear layer first runs: notes columns that stand out, or have |x| > 6 in a twentieth of the rows."""
+    if not isinstance(module, torch.nn.Linear):
+        raise TypeError(f"outlier_hook: module is {type(module).__name__}, expected a torch.nn.Linear")
+    tracer = OutlierTracer.get_instance()
+    weight = tracer.get_hvalue(module.weight)
+    if weight in tracer.hvalue2outlier_idx:  # a second run: all have been seen
+        for hook in tracer.hooks:
+            hook.remove()
+        return
+    rows = input[0].detach().reshape(-1, input[0].shape[-1])
+    often = ((rows.abs() > 6).sum(0) > 0.05 * rows.shape[0]).nonzero().view(-1)
+    tracer.hvalue2outlier_idx[weight] = torch.cat([find_outlier_dims(rows, zscore=3.0), often]).unique()
 
 
 def replace_linear(

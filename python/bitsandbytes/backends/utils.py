@@ -43,6 +43,15 @@ def _get_4bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
     return CODE[quant_type].to(device)
 
 
+def nearest_codes(t: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """The index of the nearest of 256 ascending values; a tie goes to the even one, NaN to the last. uint8."""
+    middle = (code[1:] + code[:-1]) * 0.5
+    codes = torch.bucketize(t, middle)  # NaN comes last
+    at = middle[codes.clamp(max=len(middle) - 1)]
+    codes += (t == at) & (codes % 2 == 1)
+    return codes.to(torch.uint8)
+
+
 def refuse_without(library: BNBNativeLibrary | ErrorHandlerMockBNBNativeLibrary, native: Native) -> None:
     """If the library could not be loaded, its operators raise the sentence that says why."""
     if isinstance(library, ErrorHandlerMockBNBNativeLibrary):

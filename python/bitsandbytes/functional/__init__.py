@@ -1,4 +1,4 @@
-"""Quantization of tensors: 4-bit (NF4, FP4) and 8-bit block-wise, their maps and states."""
+"""Quantization of tensors: 4-bit (NF4, FP4), 8-bit block-wise and int8 rows, their maps, states and products."""
 
 from ..cextension import lib
 from ..utils import pack_dict_to_tensor, unpack_tensor_to_dict
@@ -12,6 +12,7 @@ from .codebooks import (
     name2qmap,
 )
 from .cpu_layout import _convert_weight_packed_for_cpu, _convert_weight_packed_for_cpu_inverse
+from .deprecated import dequantize, dequantize_no_absmax, quantize, quantize_no_absmax
 from .fourbit import (
     dequantize_4bit,
     dequantize_fp4,
@@ -22,32 +23,70 @@ from .fourbit import (
     quantize_nf4,
 )
 from .helpers import get_ptr, has_avx512bf16, is_on_gpu
+from .int8 import (
+    batched_igemm,
+    igemm,
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mm_dequant,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+)
 from .quant_state import QuantState
+from .sparse import (
+    COOSparseTensor,
+    CSCSparseTensor,
+    CSRSparseTensor,
+    coo2csc,
+    coo2csr,
+    coo_zeros,
+    spmm_coo,
+    spmm_coo_very_sparse,
+)
 
 __all__ = [
+    "COOSparseTensor",
+    "CSCSparseTensor",
+    "CSRSparseTensor",
     "QuantState",
     "_convert_weight_packed_for_cpu",
     "_convert_weight_packed_for_cpu_inverse",
+    "batched_igemm",
+    "coo2csc",
+    "coo2csr",
+    "coo_zeros",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
     "create_normal_map",
+    "dequantize",
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "dequantize_no_absmax",
     "gemv_4bit",
     "get_4bit_type",
     "get_ptr",
     "has_avx512bf16",
+    "igemm",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "is_on_gpu",
     "lib",
     "name2qmap",
     "pack_dict_to_tensor",
+    "quantize",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
+    "quantize_no_absmax",
+    "spmm_coo",
+    "spmm_coo_very_sparse",
     "unpack_tensor_to_dict",
 ]
 

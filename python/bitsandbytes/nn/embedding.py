@@ -17,6 +17,61 @@ logger = logging.getLogger(__name__)
 _lookup = torch.nn.functional.embedding
 
 
+class _XavierEmbedding(torch.nn.Embedding):
+    """An embedding that begins with Xavier's uniform values."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.xavier_uniform_(self.weight)
+        self._fill_padding_idx_with_zero()
+
+
+class StableEmbedding(_XavierEmbedding):
+    """An embedding with a layer norm behind it, whose sums stay even (8-bit Optimizers, arXiv 2110.02861).
+
+    The norm computes in the default dtype; the result has the dtype of the table.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight)
+        super().__init__(num_embeddings, embedding_dim, *options, device=device, dtype=dtype)
+        self.norm = torch.nn.LayerNorm(embedding_dim, device=device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = super().forward(input).to(torch.get_default_dtype())
+        return self.norm(rows).to(self.weight.dtype)
+
+
+class Embedding(_XavierEmbedding):
+    """An embedding that begins with Xavier's uniform values."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight)
+        super().__init__(num_embeddings, embedding_dim, *options, device=device)
+
+
 class Embedding8bit(torch.nn.Embedding):
     """An embedding stored as int8 with one fp32 scale per row; quantized when it first moves to a device.
 

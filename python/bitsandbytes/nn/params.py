@@ -253,12 +253,12 @@ class Int8Params(_QuantizedParameter):
     Args:
         data: the matrix, or its int8 codes if `SCB` is given.
         has_fp16_weights: never quantize.
-        CB: the int8 codes, [rows, columns]: the data, once quantized.
+        CB: the int8 codes, in place of `data`.
         SCB: max |x| of each row: x = CB * SCB / 127.
+        kwargs: ignored, so that Int8Params(data, **other.__dict__) always works.
     """
 
     has_fp16_weights: bool
-    CB: Tensor | None
     SCB: Tensor | None
 
     def __new__(
@@ -270,11 +270,17 @@ class Int8Params(_QuantizedParameter):
         SCB: Tensor | None = None,
         **kwargs: Any,
     ) -> Self:
-        self = Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
-        self.CB = CB
+        if data is None:
+            data = torch.empty(0) if CB is None else CB
+        self = Tensor._make_subclass(cls, data, requires_grad and data.dtype != torch.int8)
         self.SCB = SCB
         self.has_fp16_weights = has_fp16_weights
         return self
+
+    @property
+    def CB(self) -> Tensor | None:
+        """The int8 codes, which are the data, once quantized."""
+        return self.data if self._is_quantized() else None
 
     def _is_quantized(self) -> bool:
         return self.data.dtype == torch.int8
@@ -283,14 +289,10 @@ class Int8Params(_QuantizedParameter):
         return not self.has_fp16_weights
 
     def _quantize(self, device: Device) -> Self:
-        weight = self.data.to(device, torch.float32)
-        self.SCB = weight.abs().amax(dim=-1)
-        scale = torch.where(self.SCB > 0, 127.0 / self.SCB, 0.0)
-        self.CB = (weight * scale[..., None]).round().to(torch.int8)
+        codes, self.SCB, _ = F.int8_vectorwise_quant(self.data.to(device))
         self.requires_grad = False
-        self.data = self.CB
+        self.data = codes
         return self
 
     def _move_state(self, data: Tensor) -> None:
-        self.CB = None if self.CB is None else data
         self.SCB = None if self.SCB is None else self.SCB.to(data.device)

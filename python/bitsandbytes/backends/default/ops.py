@@ -18,7 +18,7 @@ from ..._ops import (
     register_kernel,
     storage_rows,
 )
-from ..utils import CODES_BY_THRESHOLD, THRESHOLDS, _get_4bit_code
+from ..utils import CODES_BY_THRESHOLD, THRESHOLDS, _get_4bit_code, nearest_codes
 
 _ops = torch.ops.bitsandbytes
 
@@ -92,11 +92,7 @@ def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     if not bool((code[1:] >= code[:-1]).all()):
         raise ValueError(f"{op}: code is not in ascending order, expected a sorted map without NaN")
     t, absmax = _normalize(A, blocksize)
-    middle = (code[1:] + code[:-1]) * 0.5
-    codes = torch.bucketize(t, middle)  # NaN comes last
-    at = middle[codes.clamp(max=len(middle) - 1)]
-    codes += (t == at) & (codes % 2 == 1)  # a tie goes to the even code
-    return codes.to(torch.uint8).view(-1)[: A.numel()].view(A.shape), absmax
+    return nearest_codes(t, code).view(-1)[: A.numel()].view(A.shape), absmax
 
 
 @register_kernel("bitsandbytes::dequantize_blockwise", "default")

@@ -1,0 +1,205 @@
+"""Rows of int8 codes with one scale each, x = code * scale / 127, and their products (LLM.int8(), arXiv 2208.07339)."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .blockwise import fill
+
+_ops = torch.ops.bitsandbytes
+
+
+def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantizes rows: scale = max |x| of the row, code = x * 127 / scale rounded to the nearest, ties to even.
+
+    Args:
+        A: [..., K], read as rows of K; fp32, fp16 or bf16. It is not changed.
+        threshold: above 0, elements with |x| >= threshold are outliers: they do not count in a scale, and columns that
+            hold one have code 0 in all rows.
+
+    Returns:
+        The codes, int8 in the shape of A; the scales, fp32, one per row; the columns with outliers, int64 and
+        ascending, or None without a threshold.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    check.tensor("int8_vectorwise_quant", "A", A)
+    return _ops.int8_vectorwise_quant.default(A, threshold)
+
+
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
+    """x = code * scale / 127 in fp32.
+
+    Args:
+        A: codes, int8 [..., K].
+        stats: scales, fp32, one per row of A.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    check.tensor("int8_vectorwise_dequant", "A", A)
+    check.tensor("int8_vectorwise_dequant", "stats", stats)
+    return _ops.int8_vectorwise_dequant.default(A, stats)
+
+
+def int8_double_quant(
+    A: Tensor,
+    col_stats: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    out_col: Tensor | None = None,
+    out_row: Tensor | None = None,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """int8_vectorwise_quant by rows and by columns. By columns only the outliers themselves get code 0.
+
+    Args:
+        A: [..., K]; fp32, fp16 or bf16. It is not changed.
+        col_stats, row_stats, out_col, out_row: optional tensors to receive the scales and codes.
+        threshold: above 0, elements with |x| >= threshold are outliers.
+
+    Returns:
+        Codes by row, codes by column, scales of rows, scales of columns, columns with outliers or None.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    op = "int8_double_quant"
+    check.tensor(op, "A", A)
+    row, col, rows, columns, outliers = _ops.int8_double_quant.default(A, threshold)
+    return (
+        fill(op, "out_row", out_row, row),
+        fill(op, "out_col", out_col, col),
+        fill(op, "row_stats", row_stats, rows),
+        fill(op, "col_stats", col_stats, columns),
+        outliers,
+    )
+
+
+def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
+    """A [..., K] @ B [N, K]^T of int8 codes; exact, in int32.
+
+    Args:
+        out: optional int32 tensor [..., N] to receive the result.
+        dtype: int32, the only one there is.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    op = "int8_linear_matmul"
+    check.tensor(op, "A", A)
+    check.tensor(op, "B", B)
+    check.one_of(op, "dtype", dtype, (torch.int32,))
+    if out is None:
+        return _ops.int8_linear_matmul.default(A, B)
+    check.tensor(op, "out", out)
+    if not out.is_contiguous():
+        return fill(op, "out", out, _ops.int8_linear_matmul.default(A, B))
+    _ops.int8_linear_matmul.out(A, B, out)
+    return out
+
+
+def int8_mm_dequant(
+    A: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = sum * row scale * column scale / 127^2 + bias of an int32 product [..., N], in fp16 or the dtype of out.
+
+    Args:
+        A: from int8_linear_matmul.
+        row_stats, col_stats: the fp32 scales of the rows of its two operands.
+        out: optional fp32, fp16 or bf16 tensor to receive the result.
+        bias: N values.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    op = "int8_mm_dequant"
+    for name, value in (("A", A), ("row_stats", row_stats), ("col_stats", col_stats)):
+        check.tensor(op, name, value)
+    if out is None:
+        return _ops.int8_mm_dequant.default(A, row_stats, col_stats, None, bias)
+    check.tensor(op, "out", out)
+    return fill(op, "out", out, _ops.int8_mm_dequant.default(A, row_stats, col_stats, out.dtype, bias))
+
+
+def _check_product(
+    op: str, A: Tensor, B: Tensor, out: Tensor | None, transposed_A: bool, transposed_B: bool
+) -> torch.Size:
+    """Checks the operands of igemm and batched_igemm, and returns the shape of the result."""
+    for name, value in (("A", A), ("B", B)):
+        check.tensor(op, name, value)
+        check.dtype(op, name, value, torch.int8)
+        if value.dim() not in (2, 3):
+            raise ValueError(f"{op}: {name} has {value.dim()} dimensions, expected 2 or 3")
+    check.same_device(op, A.device, B=B)
+    a = tuple(A.transpose(-1, -2).shape if transposed_A else A.shape)
+    b = tuple(B.transpose(-1, -2).shape if transposed_B else B.shape)
+    if op == "igemm" and A.dim() == B.dim() == 3:  # summed over the batch too: sum of A[i]^T @ B[i]
+        fits = a[:2] == b[:2]
+        shape: tuple[int, ...] = (a[2], b[2])
+    else:
+        fits = a[-1] == b[-2] and (B.dim() == 2 or a[0] == b[0])
+        shape = (*a[:-1], b[-1])
+        if op == "batched_igemm" and A.dim() == 2:
+            raise ValueError(f"{op}: A has 2 dimensions, expected 3")
+    if not fits or A.dim() < B.dim():
+        raise ValueError(f"{op}: B has shape {tuple(B.shape)}, expected one that fits A of {tuple(A.shape)}")
+    if out is not None:
+        check.tensor(op, "out", out)
+        check.out_like(op, out, shape, torch.int32, A.device)
+    return torch.Size(shape)
+
+
+def _product(A: Tensor, B: Tensor, transposed_A: bool, transposed_B: bool) -> Tensor:
+    rows = A.transpose(-1, -2) if transposed_A else A
+    return _ops.int8_linear_matmul.default(rows, B if transposed_B else B.t())
+
+
+def igemm(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+) -> Tensor:
+    """A @ B of int8 matrices; exact, in int32.
+
+    Args:
+        A: [M, K], or [batch, M, K].
+        B: [K, N]. If A and B are both [batch, S, ...]: the sum over batch and S, [M, N], as for a gradient of weights.
+        out: optional int32 tensor to receive the result.
+        transposed_A, transposed_B: the last two dimensions are stored the other way round.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    shape = _check_product("igemm", A, B, out, transposed_A, transposed_B)
+    if A.dim() == B.dim() == 3:
+        a, b = (t.transpose(1, 2) if flag else t for t, flag in ((A, transposed_A), (B, transposed_B)))
+        result = _product(a.reshape(-1, shape[0]), b.reshape(-1, shape[1]), True, False)
+    else:
+        result = _product(A, B, transposed_A, transposed_B)
+    return result if out is None else out.copy_(result)
+
+
+def batched_igemm(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+) -> Tensor:
+    """A [batch, M, K] @ B [batch, K, N] of int8 matrices, one by one; exact, in int32. Otherwise as igemm.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    shape = _check_product("batched_igemm", A, B, out, transposed_A, transposed_B)
+    result = A.new_empty(shape, dtype=torch.int32) if out is None else out
+    for i in range(shape[0]):
+        result[i] = _product(A[i], B[i] if B.dim() == 3 else B, transposed_A, transposed_B)
+    return result

@@ -1,0 +1,281 @@
+"""Linear layers over int8 weights (LLM.int8(), arXiv 2208.07339)."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from .. import _ops_int8
+from ..autograd._functions import MatMul8bitLt, MatmulLtState, int8_weight
+from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
+from .params import Int8Params
+
+_grad_enabled = torch.is_grad_enabled
+_int8_linear = torch.ops.bitsandbytes.int8_linear.default
+
+
+def _tile_offsets(layout: str) -> Tensor:
+    """Where each element of a tile of 32 columns is stored in it, [rows, 32], in the layouts of earlier versions, which
+    are cuBLASLt's COL32, COL4_4R2_8C and COL32_2R_4R4."""
+    rows = {"col32": 1, "col_turing": 8, "col_ampere": 32}[layout]
+    row, col = torch.arange(rows)[:, None], torch.arange(32)[None, :]
+    if layout == "col_turing":
+        return (row % 2 * 4 + col // 8) * 32 + (col % 8 // 4 * 4 + row // 2) * 4 + col % 4
+    if layout == "col_ampere":
+        return ((row % 8 // 2 * 4 + row // 8) * 2 + row % 2) * 32 + col
+    return row * 32 + col
+
+
+def rows_from_tiles(stored: Tensor, layout: str) -> Tensor:
+    """A matrix by rows from one in tiles, which follow each other down the rows first. Its sizes are whole tiles."""
+    offsets = _tile_offsets(layout).to(stored.device)
+    rows, columns = stored.shape
+    if rows % offsets.shape[0] or columns % 32:
+        raise ValueError(
+            f"size mismatch: its shape is {(rows, columns)}, expected whole tiles of {tuple(offsets.shape)}"
+        )
+    tiles = stored.reshape(columns // 32, rows // offsets.shape[0], offsets.numel())
+    return tiles[:, :, offsets].permute(1, 2, 0, 3).reshape(rows, columns)
+
+
+def maybe_rearrange_weight(
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Before a state is loaded: takes out its weight_format, and brings a weight of an earlier layout into rows.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    weight = state_dict.get(f"{prefix}weight")
+    if weight is None:
+        return
+    layout = state_dict.pop(f"{prefix}weight_format", "row")
+    if isinstance(layout, Tensor):
+        layout = layout.item()
+    layout = INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.get(layout, layout)
+    if layout not in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING:
+        known = ", ".join(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING)
+        raise ValueError(f"{prefix}weight_format is {layout!r}, expected one of {known}")
+    if layout != "row":
+        state_dict[f"{prefix}weight"] = rows_from_tiles(weight, layout)
+
+
+class Linear8bitLt(torch.nn.Linear):
+    """A linear layer whose products are computed in int8: y = x @ W^T + bias, [..., K] -> [..., N], in the dtype of x.
+
+    The rows of x are quantized for each product; its columns with outliers are computed as floats. Gradients reach x,
+    bias, and the weight if it is stored as floats.
+
+    Args:
+        input_features, output_features: K and N.
+        has_fp16_weights: keep the weight as floats, which can learn, and quantize it for each product. Otherwise it
+            becomes int8 when the layer first moves to a device.
+        threshold: columns of x with |x| >= threshold are outliers; 0 for none.
+        index: kept for programs that name it.
+    """
+
+    weight: Int8Params
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        threshold: float = 0.0,
+        index: Any = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        _ops_int8.check_threshold(type(self).__name__, threshold)
+        super().__init__(input_features, output_features, bias, device)
+        self.state = MatmulLtState()
+        self.index = index
+        self.state.threshold = threshold
+        self.state.has_fp16_weights = has_fp16_weights
+        self.state.use_pool = threshold > 0.0 and not has_fp16_weights
+        self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
+
+    def init_8bit_state(self) -> None:
+        """Shows the codes and scales of the weight in the state too."""
+        weight = self.weight
+        if getattr(weight, "SCB", None) is not None:
+            self.state.CB, self.state.SCB = weight.CB, weight.SCB
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.init_8bit_state()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The dicts of torch.nn.Module, as its __getattr__ would cost as much as the product of a small layer.
+        parameters: dict[str, Any] = self._parameters
+        weight: Any = parameters.get("weight")
+        if weight is None:  # a plain attribute, under wrappers
+            weight = self.weight
+        bias = parameters.get("bias") if "bias" in parameters else self.bias
+        state = self.state
+        state.is_training = self.training
+        dtype = x.dtype
+        if dtype == torch.float64:
+            x = x.float()
+        SCB = weight.SCB if type(weight) is Int8Params else None
+        if SCB is None or SCB is not state.SCB:
+            SCB = self._prepare(weight)
+        if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+            y = MatMul8bitLt.apply(x, weight, None, bias, state)
+        elif SCB is None:
+            y = _int8_linear(x, *int8_weight("Linear8bitLt", weight, state), bias, state.threshold)
+        else:
+            y = _int8_linear(x, weight, SCB, bias, state.threshold)
+        return y if dtype != torch.float64 else y.double()
+
+    def _prepare(self, weight: Tensor) -> Tensor | None:
+        """Makes the state follow the weight, which was changed; its scales are returned, None for floats."""
+        state = self.state
+        if weight.is_floating_point():
+            state.reset_grads()
+        elif getattr(weight, "SCB", None) is not None:
+            self.init_8bit_state()
+        elif state.SCB is None:
+            raise RuntimeError("Linear8bitLt: weight.SCB is None, expected the scales of a weight of dtype int8")
+        return state.SCB
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = copy.copy(self.state)
+        state.CB = state.SCB = None  # those of the weight, which a pickle would store twice
+        return {**self.__dict__, "state": state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.init_8bit_state()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.weight
+        SCB = self.state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
+        if weight.dtype == torch.int8 and SCB is not None:
+            destination[f"{prefix}SCB"] = SCB if keep_vars else SCB.detach()
+            row = LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"]
+            destination[f"{prefix}weight_format"] = torch.tensor(row, dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch.nn.Linear; codes and scales go into a quantized layer, or replace the weight under `assign`."""
+        args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        key, scales_key = f"{prefix}weight", f"{prefix}SCB"
+        stored = state_dict.get(key)
+        try:
+            maybe_rearrange_weight(state_dict, prefix, *args)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        weight: Any = state_dict.get(key)
+        SCB: Any = state_dict.get(scales_key)
+        if not isinstance(weight, Tensor) or torch.int8 not in (weight.dtype, self.weight.dtype):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        if weight is not stored:
+            weight = weight[: self.out_features, : self.in_features].contiguous()  # tiles were filled up
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        wrong = self._wrong_codes(weight, SCB, assign)
+        if wrong:
+            error_msgs.append(f"{key}: {wrong}")
+            return
+        rest = {k: v for k, v in state_dict.items() if k not in (key, scales_key)}
+        missing_before = len(missing_keys)
+        super()._load_from_state_dict(rest, prefix, *args)
+        missing_keys[missing_before:] = [k for k in missing_keys[missing_before:] if k != key]
+        if assign:
+            self.weight = Int8Params(weight.detach(), requires_grad=False, SCB=SCB)
+        elif not self.weight.is_meta:
+            with torch.no_grad():
+                self.weight.copy_(weight)
+                self.weight.SCB = SCB.detach().to(self.weight.device, torch.float32, copy=True)
+        self.init_8bit_state()
+
+    def _wrong_codes(self, weight: Tensor, SCB: Any, assign: bool) -> str:
+        """What is wrong with a weight to be loaded, if it or the weight of this layer is int8."""
+        shape = (self.out_features, self.in_features)
+        if weight.shape != shape:
+            return f"size mismatch: its shape is {tuple(weight.shape)}, expected {shape}"
+        if weight.dtype != torch.int8:
+            return f"its dtype is {weight.dtype}, expected torch.int8 for a quantized layer"
+        if not assign and self.weight.dtype != torch.int8:
+            return "its dtype is torch.int8, expected a layer that was quantized by .to(device) first, or assign=True"
+        if not isinstance(SCB, Tensor) or SCB.shape != shape[:1]:
+            found = f"has shape {tuple(SCB.shape)}" if isinstance(SCB, Tensor) else "is missing"
+            return f"SCB {found}, expected {self.out_features} scales"
+        return ""
+
+
+class OutlierAwareLinear(torch.nn.Linear):
+    """A base class for layers that treat the outlier columns of their inputs, which OutlierTracer found, in a way of
+    their own. quantize_weight is called once; forward_with_outliers computes."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.outlier_dim: Tensor | None = None
+        self.is_quantized = False
+
+    def forward_with_outliers(self, x: Tensor, outlier_idx: Tensor | None) -> Tensor:
+        raise NotImplementedError("Please override the `forward_with_outliers(self, x, outlier_idx)` function")
+
+    def quantize_weight(self, w: Tensor, outlier_idx: Tensor | None) -> Tensor:
+        raise NotImplementedError("Please override the `quantize_weight(self, w, outlier_idx)` function")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.outlier_dim is None:
+            tracer = OutlierTracer.get_instance()
+            if not tracer.is_initialized():
+                raise RuntimeError(
+                    "OutlierAwareLinear: no outliers are known, expected OutlierTracer.initialize(model)"
+                )
+            self.outlier_dim = tracer.get_outliers(self.weight)
+        if not self.is_quantized:
+            self.weight.data.copy_(self.quantize_weight(self.weight, self.outlier_dim))
+            self.is_quantized = True
+        return self.forward_with_outliers(x, self.outlier_dim)
+
+
+class SwitchBackLinearBnb(Linear8bitLt):
+    """Linear8bitLt under the name it has in SwitchBack (Wortsman et al. 2023, arXiv 2304.13013): the product in int8,
+    the gradient of the weight in the precision of its inputs.
+
+    memory_efficient_backward is kept for programs that name it: only one copy of the weight is ever stored.
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        memory_efficient_backward: bool = False,
+        threshold: float = 0.0,
+        index: Any = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, has_fp16_weights, threshold, index, device)
+        self.memory_efficient_backward = memory_efficient_backward
