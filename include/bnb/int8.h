@@ -17,10 +17,10 @@ inline constexpr int64_t kMaxInt8Depth = (int64_t{1} << 17) - 1;  // k for which
 
 constexpr int64_t outlier_words(int64_t columns) { return columns / 64 + (columns % 64 != 0); }
 
-// Of each row: scale = max |x|, code = x * (127 / scale), each step in fp32, rounded to the nearest integer, ties to even.
-// threshold > 0: elements with |x| >= threshold are outliers. They do not count in a scale, and every column that holds one has code 0 in
-// all rows and its bit in `outliers`. A row that holds a NaN, or an infinity that is no outlier, has that scale and codes 0. x is read
-// once.
+// Of each row: scale = max |x|, code = x * (127 * (1 / scale)), each step rounded to fp32, then to the nearest integer, ties to even. With
+// a scale below 2^-100 both x and scale are first multiplied by 2^100. threshold > 0: elements with |x| >= threshold are outliers. They do
+// not count in a scale, and every column that holds one has code 0 in all rows and its bit in `outliers`. A row that holds a NaN, or an
+// infinity that is no outlier, has that scale and codes 0. x is read once.
 struct QuantizeInt8 {
   int64_t rows = 0, columns = 0;
   ConstView x = {};  // rows * columns

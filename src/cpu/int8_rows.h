@@ -27,13 +27,13 @@ template <class Isa> class Int8Rows {
   static uint32_t limit_of(float threshold) { return threshold > 0 ? bits_of(threshold) : 0x80000000u; }
   BNB_INLINE static bool is_outlier(uint32_t magnitude, uint32_t limit) { return magnitude >= limit && magnitude <= kInfinity; }
 
-  // What turns x into x * (127 / scale): x * first * second. Zeros where there are no codes to be had.
+  // What turns x into x * (127 * (1 / scale)): x * first * second. Zeros where there are no codes to be had.
   struct Factors {
     float first = 1, second = 0;
     explicit Factors(float scale) {
       if (!(scale > 0) || bits_of(scale) >= kInfinity) return;
-      if (scale < 0x1p-100f) first = 0x1p100f;  // 127 / scale might be infinite
-      second = 127.0f / (scale * first);
+      if (scale < 0x1p-100f) first = 0x1p100f;  // 1 / scale might be infinite
+      second = 127.0f * (1.0f / (scale * first));
     }
   };
   // The integer nearest to v, ties to even: the low bits of the sum.

@@ -14,11 +14,11 @@ struct Rows {
   std::vector<int64_t> outliers;
 };
 
-// The rule as it is written down. 127 / scale is taken in double where fp32 has no room for it.
+// The rule as it is written down. Where fp32 has no room for 1 / scale, x and scale are lifted first.
 int8_t plain_code(float x, float scale) {
   if (!(scale > 0) || std::isinf(scale)) return 0;
   const float lift = scale < 0x1p-100f ? 0x1p100f : 1;
-  return static_cast<int8_t>(std::nearbyint(x * lift * (127.0f / (scale * lift))));
+  return static_cast<int8_t>(std::nearbyint(x * lift * (127.0f * (1.0f / (scale * lift)))));
 }
 
 Rows plain_rows(const std::vector<float>& x, int64_t rows, int64_t columns, float threshold) {

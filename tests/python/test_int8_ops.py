@@ -56,7 +56,7 @@ def quantize_line(x: np.ndarray, threshold: float) -> tuple[list[int], np.float3
     if not 0 < scale <= np.finfo(np.float32).max:
         return [0] * len(x), scale, outlier
     first = np.float32(2.0**100 if scale < 2.0**-100 else 1)
-    factor = np.float32(127) / (scale * first)
+    factor = np.float32(127) * (np.float32(1) / (scale * first))
     codes = [0 if out else int(np.rint(v * first * factor)) for v, out in zip(x, outlier, strict=True)]
     return codes, scale, outlier
 

@@ -35,14 +35,14 @@ def _outliers(x: Tensor, threshold: float) -> Tensor | None:
 
 
 def _quantize(x: Tensor, outliers: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    """code = x * (127 / scale) and scale = max |x| along `dim`, without the outliers, in fp32."""
+    """code = x * (127 * (1 / scale)) and scale = max |x| along `dim`, without the outliers, in fp32."""
     magnitude = x.abs() if outliers is None else x.abs().masked_fill(outliers, 0)
     shape = (x.shape[0], 1) if dim == 1 else (1, x.shape[1])
     scale = magnitude.amax(dim, keepdim=True) if x.shape[dim] else x.new_zeros(shape)
-    # The first factor keeps 127 / scale finite.
+    # The first factor keeps 1 / scale finite.
     first = torch.where(scale < 2.0**-100, 2.0**100, 1.0)
     usable = (scale > 0) & (scale <= _FLOAT_MAX)
-    codes = x * first * (torch.full_like(scale, 127.0) / (scale * first))
+    codes = x * first * (127 * (scale * first).reciprocal())
     codes = codes.masked_fill(~usable if outliers is None else ~usable | outliers, 0)
     return codes.round().to(torch.int8), scale.view(-1)
 
