@@ -268,6 +268,26 @@ std::vector<T> run_dequantize_blockwise(std::span<const float> code, const std::
   return out.values();
 }
 
+struct Int8Rows {
+  std::vector<int8_t> codes;
+  std::vector<float> scale;
+  std::vector<int64_t> outliers;  // columns
+};
+
+template <class T> Int8Rows run_quantize_int8(const std::vector<T>& x, int64_t rows, int64_t columns, float threshold, size_t offset = 0) {
+  const Input<T> input(x, offset);
+  Output<int8_t> codes(rows * columns, offset);
+  Output<float> scale(rows);
+  Output<uint64_t> outliers(outlier_words(columns));
+  quantize_int8({rows, columns, input.view(), threshold, codes.span(), scale.span(), outliers.span()});
+  Int8Rows r{codes.values(), scale.values(), {}};
+  if (threshold > 0)
+    for (int64_t j = 0; j < columns; ++j)
+      if (outliers.values()[static_cast<size_t>(j / 64)] >> j % 64 & 1) r.outliers.push_back(j);
+  EXPECT_TRUE(same(input.copy(), x)) << "the input was written";
+  return r;
+}
+
 #define EXPECT_QUANTIZED(actual, expected)                                     \
   do {                                                                         \
     const auto& actual_value = (actual);                                       \

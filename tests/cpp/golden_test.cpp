@@ -131,5 +131,39 @@ TEST(Golden, Codebooks) {
   }
 }
 
+#if !defined(BNB_TEST_DEVICE)
+TEST(Golden, QuantizeInt8) {
+  for (const auto& w : golden("int8_rows.txt")) {
+    SCOPED_TRACE(joined(w));
+    with_type(w[0], [&]<class T>(T) {
+      const int64_t rows = std::stoll(w[2]), columns = std::stoll(w[3]);
+      const auto x = waves<T>(std::stoull(w[1]), rows * columns);
+      for_each_isa([&] {
+        const auto q = run_quantize_int8(x, rows, columns, std::stof(w[4]));
+        EXPECT_EQ(digest(q.codes), hash_of(w[5]));
+        EXPECT_EQ(digest(q.scale), hash_of(w[6]));
+        EXPECT_EQ(digest(q.outliers), hash_of(w[7]));
+      });
+    });
+  }
+}
+
+TEST(Golden, DequantizeInt8) {
+  for (const auto& w : golden("int8_dequantize.txt")) {
+    SCOPED_TRACE(joined(w));
+    const auto seed = std::stoull(w[0]);
+    const int64_t rows = std::stoll(w[1]), columns = std::stoll(w[2]);
+    const auto bytes = random_bytes(seed, rows * columns);
+    const std::vector<int8_t> codes(bytes.begin(), bytes.end());
+    const auto scale = random_absmax(seed + 1, rows);
+    for_each_isa([&] {
+      Output<float> out(rows * columns);
+      dequantize_int8({rows, columns, codes, scale, out.view()});
+      EXPECT_EQ(digest(out.values()), hash_of(w[3]));
+    });
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace bnb::test

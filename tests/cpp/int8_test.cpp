@@ -8,12 +8,6 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-struct Rows {
-  std::vector<int8_t> codes;
-  std::vector<float> scale;
-  std::vector<int64_t> outliers;
-};
-
 // The rule as it is written down. Where fp32 has no room for 1 / scale, x and scale are lifted first.
 int8_t plain_code(float x, float scale) {
   if (!(scale > 0) || std::isinf(scale)) return 0;
@@ -21,8 +15,8 @@ int8_t plain_code(float x, float scale) {
   return static_cast<int8_t>(std::nearbyint(x * lift * (127.0f * (1.0f / (scale * lift)))));
 }
 
-Rows plain_rows(const std::vector<float>& x, int64_t rows, int64_t columns, float threshold) {
-  Rows r{std::vector<int8_t>(x.size()), std::vector<float>(static_cast<size_t>(rows)), {}};
+Int8Rows plain_rows(const std::vector<float>& x, int64_t rows, int64_t columns, float threshold) {
+  Int8Rows r{std::vector<int8_t>(x.size()), std::vector<float>(static_cast<size_t>(rows)), {}};
   std::vector<bool> out(static_cast<size_t>(columns));
   const auto at = [&](int64_t i, int64_t j) { return x[static_cast<size_t>(i * columns + j)]; };
   for (int64_t i = 0; i < rows; ++i) {
@@ -43,20 +37,6 @@ Rows plain_rows(const std::vector<float>& x, int64_t rows, int64_t columns, floa
     for (int64_t j = 0; j < columns; ++j)
       r.codes[static_cast<size_t>(i * columns + j)] =
           out[static_cast<size_t>(j)] ? int8_t{0} : plain_code(at(i, j), r.scale[static_cast<size_t>(i)]);
-  return r;
-}
-
-template <class T> Rows run_quantize(const std::vector<T>& x, int64_t rows, int64_t columns, float threshold, size_t offset = 0) {
-  const Input<T> input(x, offset);
-  Output<int8_t> codes(rows * columns, offset);
-  Output<float> scale(rows);
-  Output<uint64_t> outliers(outlier_words(columns));
-  quantize_int8({rows, columns, input.view(), threshold, codes.span(), scale.span(), outliers.span()});
-  Rows r{codes.values(), scale.values(), {}};
-  if (threshold > 0)
-    for (int64_t j = 0; j < columns; ++j)
-      if (outliers.values()[static_cast<size_t>(j / 64)] >> j % 64 & 1) r.outliers.push_back(j);
-  EXPECT_TRUE(same(input.copy(), x)) << "the input was written";
   return r;
 }
 
@@ -87,7 +67,7 @@ TYPED_TEST(Int8, RowsFollowTheRule) {
         const auto expected = plain_rows(to_floats(x), rows, columns, threshold);
         SCOPED_TRACE(std::to_string(rows) + "x" + std::to_string(columns) + ", threshold " + std::to_string(threshold));
         for_each_isa([&] {
-          const auto r = run_quantize(x, rows, columns, threshold, seed % 3);
+          const auto r = run_quantize_int8(x, rows, columns, threshold, seed % 3);
           EXPECT_TRUE(same(r.codes, expected.codes)) << "codes";
           EXPECT_TRUE(same(r.scale, expected.scale)) << "scale";
           EXPECT_EQ(r.outliers, expected.outliers);
@@ -102,7 +82,7 @@ TYPED_TEST(Int8, EveryPatternIsARow) {
   for (const float threshold : {0.0f, 3.0f}) {
     const auto expected = plain_rows(to_floats(whole), rows, columns, threshold);
     for_each_isa([&] {
-      const auto r = run_quantize(whole, rows, columns, threshold);
+      const auto r = run_quantize_int8(whole, rows, columns, threshold);
       EXPECT_TRUE(same(r.codes, expected.codes));
       EXPECT_TRUE(same(r.scale, expected.scale));
     });
@@ -301,11 +281,11 @@ TEST(Int8Product, ThreadsAndOrderDoNotShow) {
   const auto weight = random_codes(10, n * k);
   const auto scale = random_absmax(11, n);
   for_each_isa([&] {
-    Rows rows;
+    Int8Rows rows;
     std::vector<float> y;
     for_each_schedule([&](std::string_view schedule) {
       SCOPED_TRACE(std::string(schedule));
-      const auto r = run_quantize(x, m, k, 6.0f);
+      const auto r = run_quantize_int8(x, m, k, 6.0f);
       Output<float> out(m * n);
       linear_int8({.m = m, .n = n, .k = k, .x = std::span(x), .threshold = 6, .weight = weight, .weight_scale = scale, .out = out.view()});
       if (y.empty()) rows = r, y = out.values();

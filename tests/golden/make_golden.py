@@ -178,6 +178,36 @@ def dequantize_blockwise():
                     yield f"{name} {dtype} {n} {n} {blocksize} {digest(raw(out))}"
 
 
+INT8_SHAPES = ((1, 64), (5, 63), (33, 1027), (300, 512), (7, 4096))
+
+
+def int8_rows():
+    yield "# dtype seed rows columns threshold hash(codes) hash(scale) hash(outlier columns, int64)"
+    for dtype in TORCH:
+        for rows, columns in INT8_SHAPES:
+            for threshold in (0.0, 6.0, 2.0**-20):
+                seed = rows + columns
+                x = tensor(waves(dtype, seed, rows * columns), dtype).view(rows, columns)
+                codes, scale, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(x.clone(), threshold)
+                if not (scale == 0).logical_or(scale >= 2.0**-100).all():
+                    raise SystemExit(f"1 / scale overflows in the released package: {dtype} {rows} {columns}")
+                columns_out = torch.zeros(0, dtype=torch.int64) if outliers is None else outliers
+                yield (
+                    f"{dtype} {seed} {rows} {columns} {threshold} {digest(codes.numpy())} {digest(scale.numpy())} "
+                    f"{digest(columns_out.numpy())}"
+                )
+
+
+def int8_dequantize():
+    yield "# seed rows columns hash(output)"
+    for rows, columns in INT8_SHAPES:
+        seed = rows + columns
+        codes = torch.from_numpy(random(seed, np.arange(rows * columns)).astype(np.uint8).view(np.int8))
+        scale = torch.from_numpy(absmax_of(seed + 1, rows))
+        out = torch.ops.bitsandbytes.int8_vectorwise_dequant(codes.view(rows, columns), scale)
+        yield f"{seed} {rows} {columns} {digest(out.numpy())}"
+
+
 def hexadecimal(values):
     return " ".join(f"{v:08x}" for v in np.asarray(values, np.float32).view(np.uint32))
 
@@ -209,6 +239,14 @@ def codebooks():
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    for make in (quantize_4bit, dequantize_4bit, quantize_blockwise, dequantize_blockwise, codebooks):
+    for make in (
+        quantize_4bit,
+        dequantize_4bit,
+        quantize_blockwise,
+        dequantize_blockwise,
+        int8_rows,
+        int8_dequantize,
+        codebooks,
+    ):
         (HERE / f"{make.__name__}.txt").write_text("\n".join(make()) + "\n")
         print(make.__name__, flush=True)
