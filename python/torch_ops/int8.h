@@ -178,7 +178,7 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   return out;
 }
 
-// The second result holds the outlier columns of A, if there are any.
+// The second result holds the outlier columns of A, if they are asked for.
 template <class Device>
 std::tuple<Tensor, std::optional<Tensor>> int8_mixed_scaled_mm(const Tensor& a, const Tensor& ca, const Tensor& cb, const Tensor& sca,
                                                                const Tensor& scb, const std::optional<Tensor>& outlier_cols,
@@ -191,8 +191,9 @@ std::tuple<Tensor, std::optional<Tensor>> int8_mixed_scaled_mm(const Tensor& a, 
   d.x = args.values("A", x);
   const Bias<Device> kept(args, bias, d.n);
   std::optional<Tensor> list, sub;
-  if (outlier_cols && outlier_cols->numel() > 0) {
+  if (outlier_cols) {
     args.type("outlier_cols", *outlier_cols, ScalarType::Long);
+    args.that(outlier_cols->dim() == 1, "outlier_cols", "of " + std::to_string(outlier_cols->dim()) + " dimensions", "1");
     list = args.input("outlier_cols", *outlier_cols);
     d.outliers = read<int64_t>(*list);
     sub = new_empty(args, a, with_last(a, std::ssize(d.outliers)), a.scalar_type());

@@ -163,6 +163,8 @@ def right_arguments(target: Target, rng: random.Random) -> dict[str, Any]:
         known |= {"A": packed, "absmax": state.absmax, "quant_state": state, "out": torch.empty(n, k, dtype=dtype)}
     elif "A" in names:
         known |= {"A": w, "absmax": torch.empty_like(state.absmax), "out": torch.empty_like(packed)}
+    if "int8" in target.name or target.name.endswith(("igemm", ".matmul")):
+        known |= int8_arguments(target, m, n, k, dtype, rng)
     arguments = {}
     for name, type_name in names.items():
         optional = type_name.startswith("Optional") or not type_name
@@ -173,6 +175,29 @@ def right_arguments(target: Target, rng: random.Random) -> dict[str, Any]:
         elif type_name.startswith("Optional"):
             arguments[name] = None
     return arguments
+
+
+def int8_arguments(target: Target, m: int, n: int, k: int, dtype: torch.dtype, rng: random.Random) -> dict[str, Any]:
+    x = torch.randn(m, k).to(dtype)
+    x[:, k // 2] *= rng.choice([1, 9])
+    ca, sca, columns = torch.ops.bitsandbytes.int8_vectorwise_quant(x, 6.0)
+    cb, scb, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(torch.randn(n, k).to(dtype), 0.0)
+    known = {
+        "A": x, "B": cb, "CA": ca, "CB": cb, "SCA": sca, "SCB": scb, "row_stats": sca, "col_stats": scb, "stats": sca,
+        "threshold": rng.choice([0.0, 6.0, 1]), "outlier_cols": columns, "bias": torch.randn(n).to(dtype),
+    }  # fmt: skip
+    sums = ca.int() @ cb.int().t()
+    if target.name.endswith(
+        ("int8_linear_matmul", "int8_linear_matmul.out", "int8_scaled_mm", "int8_vectorwise_dequant")
+    ):
+        known |= {"A": ca, "out": torch.empty_like(sums)}
+    if "int8_mm_dequant" in target.name:
+        known |= {"A": sums, "out": torch.empty_like(sums, dtype=dtype)}
+    if "igemm" in target.name:
+        batch = () if "batched" not in target.name else (2,)
+        known |= {"A": ca.expand(*batch, m, k), "B": cb.t().contiguous().expand(*batch, k, n)}
+        known["out"] = torch.empty(*batch, m, n, dtype=torch.int32)
+    return known
 
 
 GENERIC: dict[str, Callable[[random.Random], Any]] = {

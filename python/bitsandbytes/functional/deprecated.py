@@ -44,6 +44,8 @@ def dequantize(
     op = "dequantize"
     check.tensor(op, "A", A)
     if state is not None:
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            raise TypeError(f"{op}: state is {type(state).__name__}, expected the pair (absmax, code)")
         absmax, code = state
     if absmax is None:
         raise ValueError(f"{op}: state and absmax are both None, expected one of them")
