@@ -4,7 +4,7 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-from . import functional, nn, utils
+from . import functional, nn, research, utils
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .backends.cpu import ops as cpu_ops
 from .backends.cuda import ops as cuda_ops
@@ -22,6 +22,7 @@ __all__ = [
     "matmul_4bit",
     "modules",
     "nn",
+    "research",
     "supported_torch_devices",
     "utils",
 ]

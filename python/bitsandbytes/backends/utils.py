@@ -46,7 +46,7 @@ def _get_4bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
 def nearest_codes(t: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """The index of the nearest of 256 ascending values; a tie goes to the even one, NaN to the last. uint8."""
     middle = (code[1:] + code[:-1]) * 0.5
-    codes = torch.bucketize(t, middle)  # NaN comes last
+    codes = torch.bucketize(t.contiguous(), middle)  # NaN comes last
     at = middle[codes.clamp(max=len(middle) - 1)]
     codes += (t == at) & (codes % 2 == 1)
     return codes.to(torch.uint8)

@@ -1,0 +1,5 @@
+"""Layers of experiments."""
+
+from .modules import LinearFP8Global, LinearFP8Mixed
+
+__all__ = ["LinearFP8Global", "LinearFP8Mixed"]
