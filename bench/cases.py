@@ -265,6 +265,27 @@ def dequantize_then_linear(dtype: str, m: int, reach: float) -> Case:
     return Case(f"dequantize + linear {dtype} M={m}", make, "", size, flops, reach, _linear_name(dtype, m, 4096, 4096))
 
 
+def float_route8(m: int, reach: float) -> Case:
+    """The layer without an int8 product: its weight to fp32, then torch."""
+
+    def make() -> Call:
+        import torch
+
+        import bitsandbytes.functional as F
+
+        weight, scale, _ = F.int8_vectorwise_quant(_randn(4096, 4096, dtype="bf16") / 64)
+        x = _randn(m, 4096, dtype="bf16")
+
+        def call() -> Any:
+            with torch.inference_mode():
+                return torch.nn.functional.linear(x.float(), F.int8_vectorwise_dequant(weight, scale)).bfloat16()
+
+        return call
+
+    flops, size = 2.0 * m * 4096 * 4096, _matmul_bytes("bf16", m, 4096, 4096, 1)
+    return Case(f"fp32 route M={m}", make, "", size, flops, reach, f"Linear8bitLt bf16 4096x4096 M={m}")
+
+
 CASES: tuple[Case, ...] = (
     quantize("nf4", "bf16", False, 80),
     quantize("nf4", "fp32", False, 70),
@@ -298,6 +319,7 @@ CASES: tuple[Case, ...] = (
     linear8("bf16", 8, None, bound="cache"),
     *(linear8("bf16", m, reach, bound="int8") for m, reach in ((32, 3.5), (128, 1.9), (512, 1.5))),
     linear8("bf16", 1, 8, n=64, k=64),
+    *(float_route8(m, 4) for m in (1, 32, 128, 512)),
     *(torch_linear(m, 1 if m <= 32 else 0.95) for m in (1, 8, 32, 128, 512)),
     *(dequantize_then_linear("bf16", m, 1) for m in (1, 8, 32, 128, 512)),
     *(dequantize_then_linear("fp32", m, 1) for m in (1, 128)),
