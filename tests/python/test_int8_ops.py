@@ -217,6 +217,18 @@ def test_linear(dtype: torch.dtype, device: str) -> None:
             ref.assert_bits(call("int8_mm_dequant", sums, rows, scale, dtype, bias), y)
 
 
+@pytest.mark.parametrize("device", ["native", "default"])
+def test_epilogue_bytes(device: str) -> None:
+    """sum * (row * (column * fl(1 / 127^2))) + bias, each step in float32."""
+    call = on_other_device if device == "default" else lambda name, *args: overload(name)(*args)
+    sums = torch.randint(-(2**31), 2**31, (50, 67), dtype=torch.int32)
+    rows, columns, bias = torch.rand(50), torch.rand(67) * 3, torch.randn(67)
+    scale = rows.numpy()[:, None] * (columns.numpy() * (np.float32(1) / np.float32(127**2)))
+    expected = torch.from_numpy(sums.numpy().astype(np.float32) * scale + bias.numpy())
+    ref.assert_bits(call("int8_mm_dequant", sums, rows, columns, torch.float32, bias), expected)
+    ref.assert_bits(call("int8_mm_dequant", sums, rows, columns, torch.bfloat16, bias), expected.bfloat16())
+
+
 @pytest.mark.parametrize("bias_dtype", ref.FLOATS, ids=str)
 def test_bias_of_another_type_is_not_rounded(bias_dtype: torch.dtype) -> None:
     x, (weight, scale, _) = torch.randn(3, 40), ops.int8_vectorwise_quant(torch.randn(5, 40))

@@ -25,11 +25,6 @@ def _matrix(A: Tensor) -> Tensor:
     return A.reshape(A.shape[:-1].numel(), A.shape[-1])
 
 
-def _over(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, rounded once: some devices multiply by the reciprocal of a number."""
-    return x / torch.full_like(x, divisor)
-
-
 def _outliers(x: Tensor, threshold: float) -> Tensor | None:
     return x.abs() >= threshold if threshold > 0 else None
 
@@ -68,14 +63,14 @@ def _sums(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _dequantize_sums(sums: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
-    return sums.float() * (row_scale.view(-1, 1) * _over(column_scale.view(1, -1), 127.0 * 127.0))
+    return sums.float() * (row_scale.view(-1, 1) * (column_scale.view(1, -1) * (1 / 127**2)))
 
 
 def _outlier_product(x: Tensor, CB: Tensor, SCB: Tensor, columns: Tensor | None) -> Tensor | float:
     """What the outlier columns of x, which are zero in its codes, add to the product."""
     if columns is None or columns.numel() == 0:
         return 0.0
-    return x[:, columns].float() @ (CB[:, columns].float() * _over(SCB.view(-1, 1), 127.0)).t()
+    return x[:, columns].float() @ (CB[:, columns].float() * (SCB.view(-1, 1) * (1 / 127))).t()
 
 
 def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
