@@ -4,6 +4,7 @@ checkpoint_source.safetensors        the bf16 weight and bias that were quantize
 checkpoint_<type>_<nested|plain>.safetensors
     the state of a Linear4bit per storage dtype ("uint8.weight", "bfloat16.weight.absmax", ...), and "expected": what
     the released package dequantizes it to
+checkpoint_int8.safetensors          the same of a Linear8bitLt, and "x" and "y": y = layer(x), with a threshold of 6
 """
 
 from importlib.metadata import version
@@ -54,6 +55,16 @@ def main() -> None:
             save_file(
                 tensors, folder / f"checkpoint_{quant_type}_{'nested' if nested else 'plain'}.safetensors", metadata
             )
+    linear = bnb.nn.Linear8bitLt(COLUMNS, ROWS, has_fp16_weights=False, threshold=6.0).bfloat16()
+    linear.load_state_dict(source)
+    linear = linear.to("cpu").eval()
+    x = torch.randn(9, COLUMNS).bfloat16()
+    x[:, 17] *= 20
+    expected = F.int8_vectorwise_dequant(linear.weight.data, linear.weight.SCB)
+    with torch.no_grad():
+        y = linear(x)
+    tensors = {key: value.clone() for key, value in linear.state_dict().items()}
+    save_file(tensors | {"expected": expected, "x": x, "y": y}, folder / "checkpoint_int8.safetensors", metadata)
 
 
 if __name__ == "__main__":

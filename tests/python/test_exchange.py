@@ -164,3 +164,72 @@ torch.save(F.dequantize_4bit(saved["weight"], saved["state"]), sys.argv[2])
 """
     run_reference(reference_python, code, str(tmp_path / "state.pt"), str(tmp_path / "found.pt"))
     assert torch.equal(torch.load(tmp_path / "found.pt"), dequantize(linear))
+
+
+# ---- LLM.int8()
+
+
+def golden_int8() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The state of a layer that the released package saved; what it dequantizes to, an input and its output."""
+    tensors = load_file(GOLDEN / "checkpoint_int8.safetensors")
+    more = {key: tensors.pop(key) for key in ("expected", "x", "y")}
+    return tensors, more
+
+
+def int8_layer() -> bnb.nn.Linear8bitLt:
+    rows, columns = source()["weight"].shape
+    layer = bnb.nn.Linear8bitLt(columns, rows, has_fp16_weights=False, threshold=6.0).bfloat16()
+    layer.load_state_dict(source())
+    return layer.to("cpu")
+
+
+def test_released_int8_checkpoint_loads_and_is_saved_with_equal_bytes(tmp_path: Path) -> None:
+    state, more = golden_int8()
+    layer = int8_layer()
+    layer.load_state_dict(state, strict=True)
+    ref.assert_bits(F.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB), more["expected"])
+    with torch.no_grad():
+        assert ref.relative_error(layer(more["x"]), more["y"]) < 5e-3, "both round to bf16, theirs more than once"
+    assert_same_state(layer.state_dict(), state)
+    save_file(layer.state_dict(), tmp_path / "ours.safetensors")
+    assert_same_state(load_file(tmp_path / "ours.safetensors"), state)
+
+
+def test_quantizing_gives_the_released_codes() -> None:
+    """The released layer rounds its bf16 weight to fp16 first, which changes tiny elements alone."""
+    state, _ = golden_int8()
+    ours = int8_layer().state_dict()
+    through_fp16 = F.int8_vectorwise_quant(source()["weight"].half())
+    assert torch.equal(through_fp16[0], state["weight"])
+    ref.assert_bits(through_fp16[1], state["SCB"])
+    assert (ours["weight"].int() - state["weight"].int()).abs().max() <= 1
+    assert (ours["weight"] != state["weight"]).float().mean() < 1e-3
+    torch.testing.assert_close(ours["SCB"], state["SCB"], rtol=1e-3, atol=0)
+
+
+LOAD_OUR_INT8 = """
+import torch
+from bitsandbytes import functional as F
+from safetensors.torch import load_file, save_file
+tensors = load_file(sys.argv[1])
+x = tensors.pop("x")
+layer = bitsandbytes.nn.Linear8bitLt(*reversed(tensors["weight"].shape), has_fp16_weights=False, threshold=6.0)
+layer = layer.bfloat16().to("cpu").eval()
+layer.load_state_dict(tensors, strict=True)
+with torch.no_grad():
+    y = layer(x)
+again = {key: value.contiguous() for key, value in layer.state_dict().items()}
+save_file(again | {"y": y, "expected": F.int8_vectorwise_dequant(again["weight"], again["SCB"])}, sys.argv[2])
+"""
+
+
+def test_released_package_loads_our_int8_state(reference_python: str, tmp_path: Path) -> None:
+    layer, x = int8_layer(), golden_int8()[1]["x"]
+    save_file({**layer.state_dict(), "x": x}, tmp_path / "ours.safetensors")
+    run_reference(reference_python, LOAD_OUR_INT8, str(tmp_path / "ours.safetensors"), str(tmp_path / "theirs"))
+    found = load_file(tmp_path / "theirs")
+    y, expected = found.pop("y"), found.pop("expected")
+    assert_same_state(found, layer.state_dict())
+    ref.assert_bits(F.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB), expected)
+    with torch.no_grad():
+        assert ref.relative_error(layer(x), y) < 5e-3
