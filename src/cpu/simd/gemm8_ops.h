@@ -39,7 +39,7 @@ template <class Isa> struct Gemm8Ops<Isa, 1> {
 #if defined(__AVX2__)
 // 16-bit operands: vpmaddubsw would saturate.
 template <class Isa> struct Gemm8Ops<Isa, 8> {
-  static constexpr int tile_rows = 2, step = 16;
+  static constexpr int tile_rows = 3, step = 16;
   static constexpr bool shifted = false;
   using Element = int16_t;
   using Vec = __m256i;
