@@ -153,6 +153,9 @@ def test_another_weight_is_seen() -> None:
     y = layer(x)
     assert ref.relative_error(y, torch.nn.functional.linear(x, w, layer.bias)) < 0.02
     assert layer.state.SCB is layer.weight.SCB
+    layer.state.CB = None
+    ref.assert_bits(layer(x).detach(), y.detach())
+    assert layer.state.CB.data_ptr() == layer.weight.data_ptr()
     layer.weight.SCB.div_(2)
     assert ref.relative_error(layer(x) - layer.bias, (y - layer.bias) / 2) < 1e-6
 

@@ -127,7 +127,7 @@ class Linear8bitLt(torch.nn.Linear):
         if dtype == torch.float64:
             x = x.float()
         SCB = weight.SCB if type(weight) is Int8Params else None
-        if SCB is None or SCB is not state.SCB:
+        if SCB is None or SCB is not state.SCB or state.CB is None:
             SCB = self._prepare(weight)
         if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             y = MatMul8bitLt.apply(x, weight, None, bias, state)
