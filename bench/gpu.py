@@ -141,6 +141,61 @@ def _gemm(m: int, n: int, k: int, nested: bool) -> Case:
     return Case(f"gemm_4bit bf16 {n}x{k} M={m}{' nested' * nested}", make, call, moved, 2.0 * m * n * k, of, reach)
 
 
+def int8_cases(shapes: Any = SHAPES, batches: Any = BATCHES, rows: int = 16384) -> Iterator[Case]:
+    n, k = shapes[0]
+
+    def make(device: torch.device) -> Tensors:
+        return (_flat(rows * k, "fp16", device).view(rows, k),)
+
+    yield Case("int8_vectorwise_quant fp16", make, ops.int8_vectorwise_quant, rows * k * 3 + rows * 4, reach=0.85)
+    for (n, k), m in ((shape, m) for shape in shapes for m in batches):
+        yield _linear8(m, n, k)
+        if m >= 512:
+            yield _int_mm(m, n, k)
+            yield _int8_matmul(m, n, k)
+
+
+def _codes(rows: int, k: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(-127, 128, (rows, k), device=device, dtype=torch.int8)
+
+
+def _int_mm(m: int, n: int, k: int) -> Case:
+    def make(device: torch.device) -> Tensors:
+        return _codes(m, k, device), _codes(n, k, device).t()
+
+    moved = k * (m + n) + 4 * m * n
+    return Case(f"torch._int_mm {n}x{k} M={m}", make, torch._int_mm, moved, 2.0 * m * n * k)
+
+
+def _int8_matmul(m: int, n: int, k: int) -> Case:
+    def make(device: torch.device) -> Tensors:
+        return _codes(m, k, device), _codes(n, k, device)
+
+    of = _int_mm(m, n, k)
+    name = f"int8_linear_matmul {n}x{k} M={m}"
+    return Case(name, make, ops.int8_linear_matmul, of.bytes, of.flops, of.name, 0.65)
+
+
+def _linear8(m: int, n: int, k: int) -> Case:
+    """A whole layer, with 1 column in 1000 of outliers; for one row held against torch.nn.Linear in bf16."""
+
+    def make(device: torch.device) -> Tensors:
+        x = _flat(m * k, "bf16", device).view(m, k)
+        x[:, ::1000] *= 10
+        return x, _codes(n, k, device), torch.rand(n, device=device)
+
+    def call(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> Any:
+        return ops.int8_linear(x, codes, scale, None, 6.0)
+
+    moved = n * (k + 4) + 2 * m * (n + k)
+    of, reach = (_matmul(m, n, k).name, 1.0) if m == 1 else ("copy", None)
+    return Case(f"int8_linear bf16 {n}x{k} M={m}", make, call, moved, 2.0 * m * n * k, of, reach)
+
+
+def all_cases() -> list[Case]:
+    return [*block_cases(), *product_cases(), *int8_cases()]
+
+
 def copy_case(n: int = 1 << 29) -> Case:
     def make(device: torch.device) -> Tensors:
         return torch.empty(n, device=device, dtype=torch.uint8), torch.ones(n, device=device, dtype=torch.uint8)
@@ -216,7 +271,7 @@ def worker(pattern: str, duration: float, with_limits: bool) -> None:
         print(json.dumps(line), flush=True)
 
     emit(info={"bitsandbytes": bnb.__version__, "torch": torch.__version__, "path": str(Path(bnb.__file__).parent)})
-    cases = [*block_cases(), *product_cases()]
+    cases = [c for c in all_cases() if hasattr(ops, "int8_linear") or not c.name.startswith("int8_linear bf16")]
     if with_limits:
         cases.insert(0, copy_case())
     for case in cases:
@@ -265,7 +320,11 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         rate = case["bytes"] / ours[name] / 1e9
         base = copy * 1e9 / case["bytes"] if case["of"] == "copy" else 1 / ours[case["of"]]
         share = 1 / ours[name] / base
-        matmul = ours.get(re.sub(r"gemm_4bit(.*?)( nested)?$", r"torch.matmul\1", name)) if case["flops"] else None
+        matmul = (
+            ours.get(re.sub(r"(?:gemm_4bit|int8_linear)(.*?)( nested)?$", r"torch.matmul\1", name))
+            if case["flops"]
+            else None
+        )
         lines.append(
             (
                 name,
@@ -273,7 +332,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{rate:.0f}" if not case["flops"] else f"{rate:.0f}, {case['flops'] / ours[name] / 1e12:.3g} TFLOP/s",
                 f"{share:.0%} of {case['of'].split()[0]}",
                 "" if case["reach"] is None else f"{case['reach']:.0%}: {'yes' if share >= case['reach'] else 'NO'}",
-                f"{matmul / ours[name]:.2f}" if matmul and name.startswith("gemm") else "",
+                f"{matmul / ours[name]:.2f}" if matmul and not name.startswith("torch") else "",
                 f"{reference[name] * 1e6:.1f}" if name in reference else "",
                 f"{reference[name] / ours[name]:.2f}" if name in reference else "",
             )
@@ -362,7 +421,7 @@ def main() -> None:
         return worker(args.filter, 0.03 if args.quick else 0.2, args.limits)
 
     begin = time.monotonic()
-    cases = [copy_case(), *block_cases(), *product_cases()]
+    cases = [copy_case(), *all_cases()]
     result: dict[str, Any] = {
         "machine": machine(),
         "filter": args.filter,

@@ -9,7 +9,7 @@ import torch
 from bench import gpu
 
 CPU = torch.device("cpu")
-CASES = {c.name: c for c in (gpu.copy_case(), *gpu.block_cases(), *gpu.product_cases())}
+CASES = {c.name: c for c in (gpu.copy_case(), *gpu.all_cases())}
 
 
 def result(**slower: float) -> dict[str, Any]:
@@ -25,12 +25,13 @@ def result(**slower: float) -> dict[str, Any]:
 
 def test_every_case_runs_and_moves_what_it_says() -> None:
     cases = [gpu.copy_case(1 << 10), *gpu.block_cases(1 << 12), *gpu.product_cases(((64, 512),), (1, 3))]
+    cases += gpu.int8_cases(((64, 512),), (1, 3, 512), 32)
     for case in cases:
         tensors = case.make(CPU)
         out = case.call(*tensors)
         moved = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.numel() not in (1, 256)}
         results = out if isinstance(out, tuple) else (out,)
-        moved |= {t.data_ptr(): t.numel() * t.element_size() for t in results}
+        moved |= {t.data_ptr(): t.numel() * t.element_size() for t in results if t is not None}
         assert sum(moved.values()) == case.bytes, case.name
     assert len({case.name for case in cases}) == len(cases)
 
