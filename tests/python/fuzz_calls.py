@@ -109,7 +109,7 @@ def targets() -> list[Target]:
             parameters |= {p: "ScalarType" for p in parameters if p in ("dtype", "quant_storage")}
             found.append(Target(name, overload, parameters, overload))
     functions = {n: getattr(F, n) for n in F.__all__ if inspect.isfunction(getattr(F, n)) and n not in HELPERS}
-    functions |= {"matmul_4bit": bnb.matmul_4bit, "QuantState.from_dict": F.QuantState.from_dict}
+    functions |= {"matmul": bnb.matmul, "matmul_4bit": bnb.matmul_4bit, "QuantState.from_dict": F.QuantState.from_dict}
     for name, function in sorted(functions.items()):
         found.append(Target(f"functional.{name}", function, dict.fromkeys(inspect.signature(function).parameters, "")))
     return found

@@ -212,6 +212,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: bnb.matmul(torch.ones(2, 4), torch.ones(3, 5)), "int8_linear: CB"),
     (lambda: bnb.matmul(torch.ones(2, 4), torch.ones(3, 4), state=5), "matmul: state is int"),
     (lambda: bnb.matmul(None, torch.ones(3, 4)), "matmul: A is NoneType"),
+    (lambda: bnb.matmul(torch.ones(2, 4), torch.ones(3, 4), bias=[1.0]), "matmul: bias is list"),
+    (lambda: bnb.matmul(torch.ones(2, 4), torch.ones(3, 4), threshold=-1.0), "matmul: threshold is -1"),
 ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import _checks as check
+from .._ops_int8 import check_threshold
 from ..functional.blockwise import fill, scales
 from ..functional.deprecated import warn_once
 from ..functional.fourbit import gemm_4bit
@@ -264,6 +265,9 @@ def matmul(
     """
     check.tensor("matmul", "A", A)
     check.tensor("matmul", "B", B)
+    if bias is not None:
+        check.tensor("matmul", "bias", bias)
+    check_threshold("matmul", threshold)
     if state is None:
         state = MatmulLtState()
     elif not isinstance(state, MatmulLtState):
