@@ -207,10 +207,9 @@ def test_linear(dtype: torch.dtype, device: str) -> None:
         bound = (1e-6 * size + unit * exact.abs()) * 1.01 + (2**-24 if dtype == torch.float16 else 1e-40)
         assert ((y.double() - exact).abs() <= bound).all(), (m, n, k, threshold)
         q, rows, outliers = call("int8_vectorwise_quant", x, threshold)
-        if outliers is None or outliers.numel():
-            mixed, sub = call("int8_mixed_scaled_mm", x, q, weight, rows, scale, outliers, bias)
-            torch.testing.assert_close(mixed, y, rtol=2 * unit + 1e-6, atol=1e-5)
-            assert (sub is None) if outliers is None else torch.equal(sub, x[:, outliers])
+        mixed, sub = call("int8_mixed_scaled_mm", x, q, weight, rows, scale, outliers, bias)
+        torch.testing.assert_close(mixed, y, rtol=2 * unit + 1e-6, atol=1e-5)
+        assert (sub is None) if outliers is None else torch.equal(sub, x[:, outliers])
         if outliers is None:
             sums = call("int8_linear_matmul", q, weight)
             ref.assert_bits(call("int8_scaled_mm", q, weight, rows, scale, bias, dtype), y)
@@ -275,8 +274,7 @@ def opcheck_cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "int8_mm_dequant", (ops.int8_linear_matmul(q, w), rows, scale, dtype, bias)
         yield "int8_scaled_mm", (q, w, rows, scale, bias, dtype)
         yield "int8_mixed_scaled_mm", (x, q, w, rows, scale, None, bias)
-        if outliers.numel():
-            yield "int8_mixed_scaled_mm", (x, q, w, rows, scale, outliers, bias)
+        yield "int8_mixed_scaled_mm", (x, q, w, rows, scale, outliers, bias)
         for threshold in (0.0, 6.0):
             yield "int8_linear", (x, w, scale, bias, threshold)
 
