@@ -1,5 +1,5 @@
-// The operations on a GPU. The descriptors are those of the CPU (bnb/quantize.h, bnb/gemm.h) and mean the same, byte by byte, except that
-// every pointer in them (views, spans, maps, absmax) is a device pointer of the current device.
+// The operations on a GPU. The descriptors are those of the CPU (bnb/quantize.h, bnb/gemm.h, bnb/int8.h) and mean the same, byte by byte,
+// except that every pointer in them (views, spans, maps, absmax) is a device pointer of the current device.
 //
 // A call checks sizes and pointers as on the CPU (bnb::Error{invalid_argument}), puts its kernels on `stream` and returns: it neither waits
 // nor allocates, so it may be captured into a graph. What lies behind the pointers is not looked at: a map that does not ascend gives codes
@@ -8,6 +8,7 @@
 #pragma once
 
 #include <bnb/gemm.h>
+#include <bnb/int8.h>
 #include <bnb/quantize.h>
 
 #include <cstdint>
@@ -34,5 +35,21 @@ int64_t gemm_4bit_workspace(const Gemm4bit&);
 void gemm_4bit(const Gemm4bit&, void* workspace, Stream);
 // Which kernel does the call on the current device, its configuration and the estimate by which it was chosen.
 std::string describe_gemm_4bit(const Gemm4bit&);
+
+// LLM.int8(). Codes, scales, bits of outlier columns and products are those of the CPU; a NaN in a product may have other bits.
+void quantize_int8(const QuantizeInt8&, Stream);
+void quantize_columns_int8(const QuantizeColumnsInt8&, Stream);
+void dequantize_int8(const DequantizeInt8&, Stream);
+void dequantize_sums(const DequantizeSums&, Stream);
+// `outliers` is a list on the device like all else: columns that do not exist are passed over. Rows of a multiple of 16 bytes at addresses
+// aligned to 16 are fast, others right.
+void gemm_int8(const GemmInt8&, Stream);
+std::string describe_gemm_int8(const GemmInt8&);
+// to[i][c] = x[i][outliers[c]] for the x and outliers of a product; 0 for columns that do not exist.
+void gather_columns(const GemmInt8&, void* to, Stream);
+// Outlier columns stay on the device: nothing waits for their number. One row takes two kernels, more take four steps (clear the bits,
+// quantize, clear columns, multiply). `workspace` as for gemm_4bit.
+int64_t linear_int8_workspace(const LinearInt8&);
+void linear_int8(const LinearInt8&, void* workspace, Stream);
 
 }  // namespace bnb::cuda

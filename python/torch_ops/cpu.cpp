@@ -1,6 +1,5 @@
 // torch.ops.bitsandbytes on the CPU.
 #include <atomic>
-#include <bit>
 #include <cstring>
 
 #include "int8.h"
@@ -39,26 +38,20 @@ struct Cpu {
   void set_offset(Absmax& absmax, const Tensor& t) const { absmax.offset = read<float>(t)[0]; }
   Tensor on_host(const Tensor& t) const { return t; }
 
-  // allocate(count): a tensor for the list of outlier columns, which there is with a threshold.
   std::optional<Tensor> quantize_int8(QuantizeInt8 d, auto&& allocate) const {
     std::vector<uint64_t> words(d.threshold > 0 ? static_cast<size_t>(outlier_words(d.columns)) : 0);
     d.outliers = words;
     bnb::quantize_int8(d);
     if (d.threshold == 0) return std::nullopt;
-    int64_t count = 0;
-    for (const uint64_t w : words) count += std::popcount(w);
-    const Tensor columns = allocate(count);
-    int64_t* to = write<int64_t>(columns).data();
-    for (int64_t c = 0; c < d.columns; ++c)
-      if (words[static_cast<size_t>(c / 64)] >> c % 64 & 1) *to++ = c;
+    const Tensor columns = allocate(count_of(words));
+    list_columns(words, write<int64_t>(columns));
     return columns;
   }
   void quantize_columns_int8(const QuantizeColumnsInt8& d) const { bnb::quantize_columns_int8(d); }
   void dequantize_int8(const DequantizeInt8& d) const { bnb::dequantize_int8(d); }
   void dequantize_sums(const DequantizeSums& d) const { bnb::dequantize_sums(d); }
   void gemm_int8(const GemmInt8& d) const { bnb::gemm_int8(d); }
-  void linear_int8(const LinearInt8& d) const { bnb::linear_int8(d); }
-  // to[i] = x[i][d.outliers]
+  void linear_int8(const LinearInt8& d, auto&&) const { bnb::linear_int8(d); }
   void gather_columns(const GemmInt8& d, void* to) const {
     const auto size = static_cast<size_t>(size_of(d.x.dtype));
     auto* at = static_cast<std::byte*>(to);

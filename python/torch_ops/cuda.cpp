@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "int8.h"
 #include "ops.h"
 
 namespace bnb::torch_ops {
@@ -70,23 +71,59 @@ class Cuda {
   void set_offset(Absmax& absmax, const Tensor& t) const { absmax.device_offset = read<float>(t).data(); }
 
   Tensor on_host(const Tensor& t) const {
-    AtenTensorHandle made = nullptr;
-    constexpr int64_t kStride = 1;
-    const int64_t size = t.numel();
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(1, &size, &kStride, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
-    Tensor copy(made);
+    Tensor copy = host_tensor(t.numel(), aoti_torch_dtype_float32());
     torch::stable::copy_(copy, t);
     return copy;
   }
 
+  // The list has as many columns as there are, so with a threshold the call waits for the stream. int8_linear does without.
+  std::optional<Tensor> quantize_int8(QuantizeInt8 d, auto&& allocate) const {
+    if (d.threshold == 0) {
+      cuda::quantize_int8(d, stream_);
+      return std::nullopt;
+    }
+    const int64_t words = outlier_words(d.columns);
+    const Tensor bits = allocate(words);
+    d.outliers = {words ? static_cast<uint64_t*>(bits.mutable_data_ptr()) : nullptr, static_cast<size_t>(words)};
+    cuda::quantize_int8(d, stream_);
+    Tensor found = host_tensor(words, aoti_torch_dtype_int64());
+    torch::stable::copy_(found, bits);
+    const std::span on_cpu(static_cast<const uint64_t*>(found.const_data_ptr()), static_cast<size_t>(words));
+    const int64_t count = count_of(on_cpu);
+    const Tensor list = host_tensor(count, aoti_torch_dtype_int64());
+    list_columns(on_cpu, write<int64_t>(list));
+    Tensor columns = allocate(count);
+    torch::stable::copy_(columns, list);
+    return columns;
+  }
+  void quantize_columns_int8(const QuantizeColumnsInt8& d) const { cuda::quantize_columns_int8(d, stream_); }
+  void dequantize_int8(const DequantizeInt8& d) const { cuda::dequantize_int8(d, stream_); }
+  void dequantize_sums(const DequantizeSums& d) const { cuda::dequantize_sums(d, stream_); }
+  void gemm_int8(const GemmInt8& d) const { cuda::gemm_int8(d, stream_); }
+  void linear_int8(const LinearInt8& d, auto&& allocate) const {
+    std::optional<Tensor> workspace;
+    if (const int64_t bytes = cuda::linear_int8_workspace(d)) workspace = allocate(bytes);
+    cuda::linear_int8(d, workspace ? workspace->mutable_data_ptr() : nullptr, stream_);
+  }
+  void gather_columns(const GemmInt8& d, void* to) const { cuda::gather_columns(d, to, stream_); }
+
  private:
+  static Tensor host_tensor(int64_t size, int32_t dtype) {
+    AtenTensorHandle made = nullptr;
+    constexpr int64_t kStride = 1;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &kStride, dtype, aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+  }
+
   int32_t index_ = -1;
   cuda::Stream stream_ = nullptr;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) { register_kernels<Cuda>(m); }
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
+  register_kernels<Cuda>(m);
+  register_int8<Cuda>(m);
+}
 
 }  // namespace
 }  // namespace bnb::torch_ops

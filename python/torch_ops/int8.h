@@ -1,6 +1,12 @@
 // The operators of LLM.int8() for any device (ops.h): names and schemas of the released package, and int8_linear, a whole forward in one
-// call.
+// call. A Device supplies for them
+//   quantize_int8(d, allocate)        gives the outlier columns in a tensor of allocate(count) int64, if there is a threshold
+//   linear_int8(d, allocate)          allocate(bytes) gives it a tensor to work in
+//   gather_columns(d, to)             to[i][c] = x[i][outliers[c]]
+//   quantize_columns_int8(d), dequantize_int8(d), dequantize_sums(d), gemm_int8(d)
 #pragma once
+
+#include <bit>
 
 #include "ops.h"
 
@@ -16,6 +22,18 @@ struct Matrix {
     rows = args.elements(argument, {shape.data(), shape.size() - 1});
   }
 };
+
+// Outlier columns, of their bits.
+inline int64_t count_of(std::span<const uint64_t> words) {
+  int64_t count = 0;
+  for (const uint64_t w : words) count += std::popcount(w);
+  return count;
+}
+inline void list_columns(std::span<const uint64_t> words, std::span<int64_t> columns) {
+  auto to = columns.begin();
+  for (size_t w = 0; w < words.size(); ++w)
+    for (uint64_t left = words[w]; left != 0; left &= left - 1) *to++ = static_cast<int64_t>(64 * w) + std::countr_zero(left);
+}
 
 inline Sizes with_last(const Tensor& t, int64_t last) {
   Sizes s(t.sizes().begin(), t.sizes().end());
@@ -218,7 +236,8 @@ Tensor int8_linear(const Tensor& a, const Tensor& cb, const Tensor& scb, const s
   const Sizes out_shape = with_last(a, n);
   const Tensor out = new_empty(args, a, out_shape, a.scalar_type());
   args.device.linear_int8({shape.rows, n, shape.columns, values, args.threshold(threshold), read<int8_t>(weight), read<float>(scale),
-                           kept.view, args.output(out, a.scalar_type(), out_shape)});
+                           kept.view, args.output(out, a.scalar_type(), out_shape)},
+                          [&](int64_t size) { return new_empty(args, a, std::array{size}, ScalarType::Byte); });
   return out;
 }
 

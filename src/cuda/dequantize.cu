@@ -15,8 +15,6 @@ namespace {
 
 using dev::Bits;
 
-BNB_DEVICE bool finite(float x) { return (dev::float_bits(x) & 0x7fffffff) < 0x7f800000; }
-
 // Lane i keeps value i % 16; a shuffle is the table, whose index may have anything above its lower 4 bits.
 template <class Format> BNB_TABLE std::array<float, 16> kValues = Format::values;
 
@@ -65,19 +63,6 @@ struct Decode8 {
   }
 };
 
-// As the CPU does it where numbers end: a NaN keeps its sign and payload and becomes quiet, 0 * infinity has the sign bit set.
-template <class T> BNB_DEVICE T product_with_nan(float value, float absmax) {
-  constexpr uint32_t kQuiet = 0x00400000;
-  uint32_t bits = dev::float_bits(dev::mul(value, absmax));
-  if (value != value)
-    bits = dev::float_bits(value) | kQuiet;
-  else if (absmax != absmax)
-    bits = dev::float_bits(absmax) | kQuiet;
-  else if ((bits & 0x7fffffff) > 0x7f800000)
-    bits = 0xffc00000;
-  return rounded<T>(dev::bits_float(bits));
-}
-
 template <class T> BNB_DEVICE Bits<16> scale(const float (&v)[kPerUnit<T>], float absmax, bool all_finite) {
   Bits<16> out;
   if (all_finite && finite(absmax)) {
@@ -91,9 +76,10 @@ template <class T> BNB_DEVICE Bits<16> scale(const float (&v)[kPerUnit<T>], floa
     BNB_UNROLL
     for (int i = 0; i < 4; ++i)
       if constexpr (sizeof(T) == 4)
-        out.word[i] = dev::float_bits(product_with_nan<T>(v[i], absmax));
+        out.word[i] = dev::float_bits(rounded<T>(product_with_nan(v[i], absmax)));
       else
-        out.word[i] = product_with_nan<T>(v[2 * i], absmax).bits | uint32_t{product_with_nan<T>(v[2 * i + 1], absmax).bits} << 16;
+        out.word[i] =
+            rounded<T>(product_with_nan(v[2 * i], absmax)).bits | uint32_t{rounded<T>(product_with_nan(v[2 * i + 1], absmax)).bits} << 16;
   }
   return out;
 }

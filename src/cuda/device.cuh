@@ -61,6 +61,7 @@ template <class T> BNB_DEVICE T& shared() {
 template <class T> BNB_DEVICE T atomic_add(T* at, T v) { return atomicAdd(at, v); }
 template <class T> BNB_DEVICE T atomic_max(T* at, T v) { return atomicMax(at, v); }
 template <class T> BNB_DEVICE T atomic_min(T* at, T v) { return atomicMin(at, v); }
+template <class T> BNB_DEVICE T atomic_or(T* at, T v) { return atomicOr(at, v); }
 
 void launch_kernel(const void* kernel, const Launch& launch, void** arguments);
 

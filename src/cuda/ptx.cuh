@@ -146,12 +146,18 @@ template <class T> BNB_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], co
                    : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 }
 
-// The same with bytes, from sm_80: 16x32 times 32x8, four of a row of `a` or a column of `b` in a word, exact in 32 bits.
+// The same with bytes: 16x32 times 32x8, four of a row of `a` or a column of `b` in a word, exact in 32 bits.
 BNB_DEVICE void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if BNB_ARCH >= 80
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif BNB_ARCH >= 75
+  BNB_UNROLL
+  for (int i = 0; i < 4; ++i)  // the words of a are its quarters, 8x16 each
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                 : "+r"(d[i % 2 * 2]), "+r"(d[i % 2 * 2 + 1])
+                 : "r"(a[i]), "r"(b[i / 2]));
 #else
   __trap();
 #endif
@@ -194,6 +200,7 @@ template <uint8_t table> BNB_DEVICE uint32_t logic3(uint32_t a, uint32_t b, uint
   asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(r) : "r"(a), "r"(b), "r"(c), "n"(table));
   return r;
 }
+BNB_DEVICE unsigned popcount(uint64_t x) { return static_cast<unsigned>(__popcll(x)); }
 // `count` bits of x from bit `first` on.
 BNB_DEVICE uint32_t field(uint32_t x, unsigned first, unsigned count) {
   uint32_t r;

@@ -196,12 +196,6 @@ struct Encode8 {
 
 // ---- the kernel
 
-// Bits of |x|, in fp32 or in both halves of a word: their order is that of the numbers, NaN above infinity.
-template <class T> BNB_DEVICE uint32_t greater(uint32_t a, uint32_t b) {
-  if constexpr (sizeof(T) == 4) return a > b ? a : b;
-  if constexpr (sizeof(T) == 2) return dev::max_halves<T>(a, b);
-}
-
 // absmax of the block of each unit, as bits of fp32. `group` lanes and `rows` units make a block, or the part of it in this warp.
 template <class T> BNB_DEVICE void largest_of_blocks(const Bits<16> (&raw)[kUnits], unsigned group, int rows, uint32_t (&largest)[kUnits]) {
   constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffff : 0x7fff7fff;

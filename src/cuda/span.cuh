@@ -41,6 +41,28 @@ template <class T> BNB_DEVICE void to_floats(const dev::Bits<16>& raw, float (&x
       dev::unpack<T>(raw.word[i], x[2 * i], x[2 * i + 1]);
 }
 
+// Bits of |x|, in fp32 or in both halves of a word: their order is that of the numbers, NaN above infinity.
+template <class T> BNB_DEVICE uint32_t greater(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(T) == 4) return a > b ? a : b;
+  if constexpr (sizeof(T) == 2) return dev::max_halves<T>(a, b);
+}
+
+BNB_DEVICE bool finite(float x) { return (dev::float_bits(x) & 0x7fffffff) < 0x7f800000; }
+
+// A product with the bits that the CPU gives where numbers end: a NaN keeps its sign and payload and becomes quiet, 0 * infinity has the
+// sign bit set. To be rounded by bnb::rounded, which knows of them.
+BNB_DEVICE float product_with_nan(float value, float absmax) {
+  constexpr uint32_t kQuiet = 0x00400000;
+  uint32_t bits = dev::float_bits(dev::mul(value, absmax));
+  if (value != value)
+    bits = dev::float_bits(value) | kQuiet;
+  else if (absmax != absmax)
+    bits = dev::float_bits(absmax) | kQuiet;
+  else if ((bits & 0x7fffffff) > 0x7f800000)
+    bits = 0xffc00000;
+  return dev::bits_float(bits);
+}
+
 // Launch choices. A multiprocessor holds `per_sm` blocks of `threads`; a grid has up to `rounds` times as many as fit the device, its
 // blocks go on with further tiles.
 struct Shape {

@@ -32,6 +32,15 @@ inline void dequantize_4bit(const Dequantize4bit& d) { cuda::dequantize_4bit(d, 
 inline void quantize_blockwise(const QuantizeBlockwise& d) { cuda::quantize_blockwise(d, nullptr); }
 inline void dequantize_blockwise(const DequantizeBlockwise& d) { cuda::dequantize_blockwise(d, nullptr); }
 
+inline void quantize_int8(const QuantizeInt8& d) { cuda::quantize_int8(d, nullptr); }
+inline void quantize_columns_int8(const QuantizeColumnsInt8& d) { cuda::quantize_columns_int8(d, nullptr); }
+inline void dequantize_int8(const DequantizeInt8& d) { cuda::dequantize_int8(d, nullptr); }
+inline void dequantize_sums(const DequantizeSums& d) { cuda::dequantize_sums(d, nullptr); }
+inline void gemm_int8(const GemmInt8& d) { cuda::gemm_int8(d, nullptr); }
+inline void linear_int8(const LinearInt8& d) {
+  on_device(d, cuda::linear_int8_workspace(d), [](const LinearInt8& on, void* workspace) { cuda::linear_int8(on, workspace, nullptr); });
+}
+
 inline std::vector<std::string_view> supported_isas() { return {"forward", "reversed", "random"}; }
 inline void force_isa(std::string_view order) {
   for (const auto o : emulator::kOrders)

@@ -97,6 +97,12 @@ template <class T> T atomic_min(T* at, T v, Where where = Where::current()) {
   *at = v < old ? v : old;
   return old;
 }
+template <class T> T atomic_or(T* at, T v, Where where = Where::current()) {
+  emulator::check_aligned(at, sizeof(T), "atomic_or", where);
+  const T old = *at;
+  *at = old | v;
+  return old;
+}
 
 template <class... P, class... A> void launch(const Launch& l, void (*kernel)(P...), const A&... arguments) {
   check_launch(l, device());

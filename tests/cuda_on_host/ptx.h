@@ -100,6 +100,7 @@ template <uint8_t table> uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
     if (table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return r;
 }
+inline unsigned popcount(uint64_t x) { return static_cast<unsigned>(std::popcount(x)); }
 inline uint32_t field(uint32_t x, unsigned first, unsigned count) {
   return static_cast<uint32_t>((uint64_t{x} >> std::min(first & 0xff, 32u)) & ((uint64_t{1} << std::min(count & 0xff, 32u)) - 1));
 }

@@ -164,6 +164,7 @@ TEST(Ptx, Integers) {
   EXPECT_EQ(dev::permute(0x000000f0, 0x00000070, 0x40c8), 0x70f000ffu) << "a selector with bit 3 repeats the sign";
   EXPECT_EQ((dev::logic3<(0xf0 & 0xcc) | 0xaa>(0xff00ff00, 0xffff0000, 0x1)), (0xff00ff00u & 0xffff0000u) | 1u);
   EXPECT_EQ((dev::logic3<0xf0 ^ 0xcc ^ 0xaa>(0x12345678, 0x9abcdef0, 0x0f0f0f0f)), 0x12345678u ^ 0x9abcdef0u ^ 0x0f0f0f0fu);
+  EXPECT_EQ(dev::popcount(0x8000000100000003), 4u);
   EXPECT_EQ(dev::field(0xabcd1234, 8, 12), 0xd12u);
   EXPECT_EQ(dev::field(0xabcd1234, 28, 12), 0xau);
   EXPECT_EQ(dev::field(0xabcd1234, 0, 0), 0u);
