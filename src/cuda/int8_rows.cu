@@ -26,13 +26,13 @@ BNB_DEVICE bool is_outlier(float x, uint32_t limit) {
   return magnitude >= limit && magnitude <= kInfinity;
 }
 
-// What turns x into x * (127 / scale): x * first * second. Zeros where there are no codes to be had.
+// What turns x into x * (127 * (1 / scale)): x * first * second. Zeros where there are no codes to be had.
 struct Factors {
   float first = 1, second = 0;
   BNB_DEVICE explicit Factors(float scale) {
     if (!(scale > 0) || !finite(scale)) return;
-    if (scale < 0x1p-100f) first = 0x1p100f;  // 127 / scale might be infinite
-    second = dev::div(127.0f, dev::mul(scale, first));
+    if (scale < 0x1p-100f) first = 0x1p100f;  // 1 / scale might be infinite
+    second = dev::mul(127.0f, dev::reciprocal(dev::mul(scale, first)));
   }
 };
 // The low byte is the integer nearest to v, ties to even.

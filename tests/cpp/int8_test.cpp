@@ -312,31 +312,32 @@ TEST(Int8Errors, NameTheArgument) {
   std::vector<uint64_t> none;
   const std::vector<int64_t> far = {3};
   const auto has = [](const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; };
+  // In parentheses: the operation of the device that is tested.
   QuantizeInt8 q{4, 3, std::span(x), 0, codes, scale, none};
-  quantize_int8(q);
+  (quantize_int8)(q);
   q.threshold = -1;
-  EXPECT_TRUE(has(message_of([&] { quantize_int8(q); }), "quantize_int8: threshold is -1"));
+  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "quantize_int8: threshold is -1"));
   q.threshold = NAN;
-  EXPECT_TRUE(has(message_of([&] { quantize_int8(q); }), "threshold is"));
+  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "threshold is"));
   q.threshold = 6;
-  EXPECT_TRUE(has(message_of([&] { quantize_int8(q); }), "outliers is 0 elements, expected at least 1"));
+  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "outliers is 0 elements, expected at least 1"));
   q.threshold = 0, q.rows = 5;
-  EXPECT_TRUE(has(message_of([&] { quantize_int8(q); }), "x is 12 elements, expected 15"));
+  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "x is 12 elements, expected 15"));
   q.rows = 4, q.scale = std::span(scale).first(3);
-  EXPECT_TRUE(has(message_of([&] { quantize_int8(q); }), "scale is 3 elements, expected at least 4"));
+  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "scale is 3 elements, expected at least 4"));
 
   GemmInt8 g{.m = 4, .n = 4, .k = 3, .a = codes, .b = b, .to = {scale, scale, {}, std::span(out)}};
-  gemm_int8(g);
+  (gemm_int8)(g);
   g.outliers = far, g.x = std::span(x);
 #if !defined(BNB_TEST_DEVICE)  // there the list is not looked at, and such a column is passed over
-  EXPECT_TRUE(has(message_of([&] { gemm_int8(g); }), "outliers is 3, expected columns below k = 3"));
+  EXPECT_TRUE(has(message_of([&] { (gemm_int8)(g); }), "outliers is 3, expected columns below k = 3"));
 #endif
   g.outliers = {}, g.b = std::span(b).first(11);
-  EXPECT_TRUE(has(message_of([&] { gemm_int8(g); }), "b is 11 elements, expected at least 12"));
+  EXPECT_TRUE(has(message_of([&] { (gemm_int8)(g); }), "b is 11 elements, expected at least 12"));
   g.b = b, g.k = kMaxInt8Depth + 1;
-  EXPECT_TRUE(has(message_of([&] { gemm_int8(g); }), "k is 131072"));
+  EXPECT_TRUE(has(message_of([&] { (gemm_int8)(g); }), "k is 131072"));
   g.k = 3, g.to.column_scale = std::span(scale).first(2);
-  EXPECT_TRUE(has(message_of([&] { gemm_int8(g); }), "column_scale is 2 elements"));
+  EXPECT_TRUE(has(message_of([&] { (gemm_int8)(g); }), "column_scale is 2 elements"));
   EXPECT_TRUE(has(message_of([&] { linear_int8({.m = -1, .n = 2, .k = 3}); }), "linear_int8: m * n"));
 }
 

@@ -111,14 +111,14 @@ TEST(CudaInt8Sums, OfEveryPlan) {
 TYPED_TEST(CudaInt8, AnyAddress) {
   for (const size_t offset : {1, 2, 4, 8}) {
     const Problem<TypeParam> problem({20, 36, 64}, offset, 7);
-    const Input<int8_t> a(problem.a, offset), b(problem.b, offset + 1);
+    std::vector<int8_t> a(offset), b(offset + 1);
+    a.insert(a.end(), problem.a.begin(), problem.a.end()), b.insert(b.end(), problem.b.begin(), problem.b.end());
     const Input<TypeParam> x(problem.x, offset), bias(problem.bias, offset + 1);
     Output<TypeParam> out(20 * 36, offset);
     auto d = problem.call(out.view());
-    d.a = {static_cast<const int8_t*>(a.view().data), problem.a.size()};
-    d.b = {static_cast<const int8_t*>(b.view().data), problem.b.size()};
+    d.a = std::span(a).subspan(offset), d.b = std::span(b).subspan(offset + 1);
     d.x = x.view(), d.to.bias = bias.view();
-    gemm_int8(d);
+    test::gemm_int8(d);
     EXPECT_TRUE(same(out.values(), problem.on_cpu()));
   }
 }
@@ -130,7 +130,7 @@ TYPED_TEST(CudaInt8, ColumnsThatDoNotExistArePassedOver) {
   problem.outliers.push_back(32);
   Output<TypeParam> out(60), gathered(18);
   const auto d = problem.call(out.view());
-  gemm_int8(d);
+  test::gemm_int8(d);
   EXPECT_TRUE(same(out.values(), expected));
   cuda::gather_columns(d, gathered.view().data, nullptr);
   for (size_t i = 0; i < 18; ++i) {
@@ -194,7 +194,7 @@ TYPED_TEST(CudaInt8, DequantizesWildScales) {
     std::vector<TypeParam> expected(codes.size());
     bnb::dequantize_int8({rows, columns, codes, scale, std::span(expected)});
     Output<TypeParam> out(rows * columns);
-    dequantize_int8({rows, columns, codes, scale, out.view()});
+    test::dequantize_int8({rows, columns, codes, scale, out.view()});
     EXPECT_TRUE(same(out.values(), expected));
   }
 }
@@ -218,7 +218,7 @@ TYPED_TEST(CudaInt8, LinearHasTheBytesOfTheCpu) {
       for_each_isa([&] {
         Output<TypeParam> out(m * n);
         d.out = out.view();
-        linear_int8(d);
+        test::linear_int8(d);
         EXPECT_TRUE(same(out.values(), expected));
       });
     }
