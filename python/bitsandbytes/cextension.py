@@ -3,7 +3,6 @@
 import os
 import struct
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +10,6 @@ from typing import Any, NoReturn
 import torch
 
 from ._ops import SCHEMAS
-from ._ops_int8 import SCHEMAS as INT8
 
 PACKAGE_DIR = Path(__file__).parent
 
@@ -27,7 +25,6 @@ class Native:
     device_type: str  # of torch
     title: str
     advice: str
-    by_default: Collection[str] = ()  # operators that its library need not have: backends/default serves them
 
     @property
     def key(self) -> str:
@@ -40,18 +37,14 @@ class Native:
         named = os.environ.get(f"BNB_{self.key}_LIBRARY")
         return Path(named) if named else PACKAGE_DIR / f"libbitsandbytes_{self.device_type}.so"
 
-    def without_kernel(self) -> list[str]:
-        """Operators that have no kernel of their own for this kind of device."""
+    def missing(self) -> list[str]:
+        """Operators that have no kernel for this kind of device."""
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         return [name for name in SCHEMAS if not has_kernel(f"bitsandbytes::{name}", self.key)]
 
-    def missing(self) -> list[str]:
-        """Operators of without_kernel() that its library must have."""
-        return [name for name in self.without_kernel() if name not in self.by_default]
-
 
 CPU = Native("cpu", "the CPU", "reinstalling bitsandbytes for this platform and version of torch may help")
-CUDA = Native("cuda", "CUDA devices", "building bitsandbytes with COMPUTE_BACKEND=cuda gives it one", INT8)
+CUDA = Native("cuda", "CUDA devices", "building bitsandbytes with COMPUTE_BACKEND=cuda gives it one")
 
 
 class BNBNativeLibrary:

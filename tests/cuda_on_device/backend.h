@@ -27,7 +27,14 @@ class DeviceMemory {
     if constexpr (requires { d.code; }) bring(d.code);
     if constexpr (requires { d.bias; }) bring(d.bias);
     if constexpr (requires { d.out; }) bring(d.out);
-    bring(d.codes), bring(d.absmax);
+    if constexpr (requires { d.codes; }) bring(d.codes);
+    if constexpr (requires { d.absmax; }) bring(d.absmax);
+    if constexpr (requires { d.scale; }) bring(d.scale);
+    if constexpr (requires { d.outliers; }) bring(d.outliers);
+    if constexpr (requires { d.b; }) bring(d.b);
+    if constexpr (requires { d.sums; }) bring(d.sums);
+    if constexpr (requires { d.weight; }) bring(d.weight), bring(d.weight_scale);
+    if constexpr (requires { d.to; }) bring(d.to.row_scale), bring(d.to.column_scale), bring(d.to.bias), bring(d.to.out);
   }
   void* workspace(int64_t bytes);  // of bytes 0xff, which is NaN
   void finish();                   // waits, fetches the outputs, looks at their guards
@@ -72,6 +79,25 @@ inline void quantize_blockwise(const QuantizeBlockwise& d) {
 }
 inline void dequantize_blockwise(const DequantizeBlockwise& d) {
   on_device(d, 0, [](const auto& on, void*) { cuda::dequantize_blockwise(on, nullptr); });
+}
+
+inline void quantize_int8(const QuantizeInt8& d) {
+  on_device(d, 0, [](const auto& on, void*) { cuda::quantize_int8(on, nullptr); });
+}
+inline void quantize_columns_int8(const QuantizeColumnsInt8& d) {
+  on_device(d, 0, [](const auto& on, void*) { cuda::quantize_columns_int8(on, nullptr); });
+}
+inline void dequantize_int8(const DequantizeInt8& d) {
+  on_device(d, 0, [](const auto& on, void*) { cuda::dequantize_int8(on, nullptr); });
+}
+inline void dequantize_sums(const DequantizeSums& d) {
+  on_device(d, 0, [](const auto& on, void*) { cuda::dequantize_sums(on, nullptr); });
+}
+inline void gemm_int8(const GemmInt8& d) {
+  on_device(d, 0, [](const auto& on, void*) { cuda::gemm_int8(on, nullptr); });
+}
+inline void linear_int8(const LinearInt8& d) {
+  on_device(d, cuda::linear_int8_workspace(d), [](const auto& on, void* workspace) { cuda::linear_int8(on, workspace, nullptr); });
 }
 
 inline std::vector<std::string_view> supported_isas() { return {"first", "again"}; }

@@ -42,6 +42,8 @@ for name, args in {{
     "gemv_4bit": (x, packed, [2, 64], absmax, code4, 64),
     "gemv_4bit.out": (x, packed, [2, 64], absmax, code4, 64, torch.empty(2, 2)),
     "gemm_4bit": (x, packed, [2, 64], absmax, 64, "nf4", None, None, None, None),
+    "int8_vectorwise_quant": (x, 6.0),
+    "int8_linear": (x, codes.to(torch.int8), absmax, None, 6.0),
 }}.items():
     try:
         torch.library.get_kernel("bitsandbytes::" + name, "CUDA").call_boxed(CPU, *args)
@@ -61,8 +63,8 @@ def run_package(folder: Path, library: bytes | None, cuda: str | None) -> tuple[
     lines = run.stdout.splitlines()
     facts = dict(line.split(": ", 1) for line in lines if re.match(r"(backend|initialized|cpu): ", line))
     warned = [line for line in lines if line.startswith("warning: ")]
-    calls = [line for line in lines if re.match(r"(de)?(quantize|gem)", line)]
-    assert facts["cpu"] == "True" and facts["initialized"] == "False" and len(calls) == 9
+    calls = [line for line in lines if re.match(r"(de)?(quantize|gem|int8)", line)]
+    assert facts["cpu"] == "True" and facts["initialized"] == "False" and len(calls) == 11
     return facts, warned, calls
 
 

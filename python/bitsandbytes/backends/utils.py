@@ -55,5 +55,5 @@ def nearest_codes(t: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
 def refuse_without(library: BNBNativeLibrary | ErrorHandlerMockBNBNativeLibrary, native: Native) -> None:
     """If the library could not be loaded, its operators raise the sentence that says why."""
     if isinstance(library, ErrorHandlerMockBNBNativeLibrary):
-        for name in native.without_kernel():
+        for name in native.missing():
             register_kernel(f"bitsandbytes::{name}", native.device_type)(library.fail)
