@@ -47,8 +47,8 @@ void gemm_int8(const GemmInt8&, Stream);
 std::string describe_gemm_int8(const GemmInt8&);
 // to[i][c] = x[i][outliers[c]] for the x and outliers of a product; 0 for columns that do not exist.
 void gather_columns(const GemmInt8&, void* to, Stream);
-// Outlier columns stay on the device: nothing waits for their number. One row takes two kernels, more take four steps (clear the bits,
-// quantize, clear columns, multiply). `workspace` as for gemm_4bit.
+// Outlier columns stay on the device: nothing waits for their number. Up to 128 KiB of x take two kernels, more take four steps
+// (clear the bits, quantize, clear columns, multiply). `workspace` as for gemm_4bit.
 int64_t linear_int8_workspace(const LinearInt8&);
 void linear_int8(const LinearInt8&, void* workspace, Stream);
 

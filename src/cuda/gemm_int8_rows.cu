@@ -23,24 +23,30 @@ template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(cons
   auto& s = dev::shared<Shared<tiles>>();
   const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp()), g = lane / 4, t = lane % 4;
   const int64_t first = int64_t{dev::block().x} * kColumns;
-  const int8_t* w[2];  // rows beyond the end are computed and dropped
+  const int left = static_cast<int>(e.k) - t * 16;  // columns from the lane's first on
+  const int8_t* w[2];                               // rows beyond the end are computed and dropped
   BNB_UNROLL
-  for (int h = 0; h < 2; ++h) w[h] = b + (first + g + h * 8 < e.n ? first + g + h * 8 : e.n - 1) * e.k + t * 16;
-  const int8_t* x = a + g * e.k + t * 16;
-  const int left = static_cast<int>(e.k) - t * 16, steps = static_cast<int>((e.k + kDepth - 1) / kDepth);
+  for (int h = 0; h < 2; ++h) w[h] = b + (first + g + h * 8 < e.n ? first + g + h * 8 : e.n - 1) * e.k + (left > 0 ? t * 16 : 0);
+  const int8_t* x[tiles];
+  int x_left[tiles];
+  BNB_UNROLL
+  for (int tile = 0; tile < tiles; ++tile) {
+    x[tile] = a + (tile * 8 + g) * e.k + t * 16;
+    x_left[tile] = tile * 8 + g < e.m ? left : 0;
+  }
 
   int32_t sums[tiles][4] = {};
   BNB_KEEP_LOOP
-  for (int step = warp; step < steps; step += kWarps * kAhead) {
+  for (int base = warp * kDepth; base < static_cast<int>(e.k); base += kWarps * kAhead * kDepth) {
     Bits<16> left_words[kAhead][2], right_words[kAhead][tiles];
     BNB_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      const int at = (step + i * kWarps) * kDepth;
+      const int at = base + i * kWarps * kDepth, inside = at < left ? at : 0;  // beyond k some weight of the row: x is 0 there
       BNB_UNROLL
-      for (int h = 0; h < 2; ++h) left_words[i][h] = at < left ? dev::load_once<Bits<16>>(w[h] + at) : Bits<16>{};
+      for (int h = 0; h < 2; ++h) left_words[i][h] = dev::load_once<Bits<16>>(w[h] + inside);
       BNB_UNROLL
       for (int tile = 0; tile < tiles; ++tile)
-        right_words[i][tile] = at < left && tile * 8 + g < e.m ? dev::load_const<Bits<16>>(x + tile * 8 * e.k + at) : Bits<16>{};
+        right_words[i][tile] = at < x_left[tile] ? dev::load_const<Bits<16>>(x[tile] + at) : Bits<16>{};
     }
     BNB_UNROLL
     for (int i = 0; i < kAhead; ++i) BNB_UNROLL

@@ -1,7 +1,7 @@
 // int8 codes of rows and of columns, and back; docs/NUMERICS.md has the rules.
 //
-// Rows: a block takes one, reads it once and keeps it in registers between the maximum and the codes (up to 32 KiB of 16 or 64 KiB of 32
-// bits; what is longer is read again from the cache). Outlier columns are bits that blocks set in common words; a second kernel clears the
+// Rows: a block takes one, reads it once and keeps it in registers between the maximum and the codes (up to 64 KiB; what is
+// longer is read again from the cache). Outlier columns are bits that blocks set in common words; a second kernel clears the
 // codes of those columns, where there are any. Moves sizeof(T) + 1 bytes an element; lower bound: those at the bandwidth of a copy.
 // Columns: two passes, 2 sizeof(T) + 1 bytes an element. Back: 1 + sizeof(T) bytes an element; int32 sums: 4 + sizeof(T).
 #include <algorithm>
@@ -77,38 +77,42 @@ template <class T> struct Row {
   }
 };
 
+// Up to so much of x each block reads all of it, from the cache, in less time than two more launches take.
+constexpr int64_t kTogetherBytes = int64_t{128} << 10;
+
 // Threads of a block for rows of so many units: four units each.
 constexpr int64_t kMostThreads = 1024;
 uint32_t threads_for(int64_t units) {
   return static_cast<uint32_t>(std::clamp<int64_t>(parts(units, kUnits * dev::kWarp), 1, kMostThreads / dev::kWarp) * dev::kWarp);
 }
 
-// `outliers`: 32 columns a word, null without a limit. With one row alone its words need not be zero before.
-template <class T>
+// `outliers`: 32 columns a word, null without a limit. Blocks set bits of words that are zero before; what is an outlier itself gets code
+// 0. `together`, for few rows: each block looks at all rows for outliers, so that it knows their columns without another kernel.
+template <class T, bool together>
 BNB_KERNEL(1024, 1)
 quantize_rows_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool vectors, uint32_t limit, uint8_t* codes, float* scale,
                      uint32_t* outliers) {
   constexpr int kPer = kPerUnit<T>;
   auto& largest = dev::shared<uint32_t[2][dev::kWarp]>();
-  const unsigned warps = dev::threads() / dev::kWarp;
-  if (outliers && rows == 1) {
-    for (int64_t i = dev::thread(); i < (columns + 63) / 64 * 2; i += dev::threads()) outliers[i] = 0;
+  const int warps = static_cast<int>(dev::threads() / dev::kWarp), words = static_cast<int>((columns + 63) / 64 * 2);
+  uint32_t* const bits = together ? &largest[0][0] + 2 * dev::kWarp : outliers;
+  if constexpr (together) {
+    for (int i = static_cast<int>(dev::thread()); i < words; i += static_cast<int>(dev::threads())) bits[i] = 0;
     dev::barrier();
   }
-  unsigned turn = 0;
-  for (int64_t r = dev::block().x; r < rows; r += dev::grid().x, turn ^= 1) {
-    const Row<T> row(x, r, columns, vectors);
-    const int64_t step = static_cast<int64_t>(dev::threads()) * kUnits;
-    Bits<16> raw[kUnits];
-    const auto load = [&](int64_t base) {
-      BNB_UNROLL
-      for (int u = 0; u < kUnits; ++u) raw[u] = row.load(base + u * static_cast<int64_t>(dev::threads()) + dev::thread());
-    };
+  const int64_t step = static_cast<int64_t>(dev::threads()) * kUnits;
+  Bits<16> raw[kUnits];
+  const auto unit_of = [&](int64_t base, int u) { return base + u * static_cast<int64_t>(dev::threads()) + dev::thread(); };
+  const auto load = [&](const Row<T>& row, int64_t base) {
+    BNB_UNROLL
+    for (int u = 0; u < kUnits; ++u) raw[u] = row.load(unit_of(base, u));
+  };
+  bool any = false;
+  const auto largest_kept = [&](const Row<T>& row) {
     uint32_t most = 0;
-    bool any = false;
     BNB_KEEP_LOOP
     for (int64_t base = 0; base < row.units; base += step) {
-      load(base);
+      load(row, base);
       BNB_UNROLL
       for (int u = 0; u < kUnits; ++u) {
         uint32_t here = largest_of<T>(raw[u]);
@@ -124,37 +128,58 @@ quantize_rows_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool vecto
             if (!out && magnitude > here) here = magnitude;
             mask |= out ? 1u << i : 0u;
           }
-          const int64_t first = (base + u * static_cast<int64_t>(dev::threads()) + dev::thread()) * kPer;
+          const int64_t first = unit_of(base, u) * kPer;
           mask <<= first % 32;
-          if (mask & ~outliers[first / 32]) dev::atomic_or(outliers + first / 32, mask);  // rows often share their outliers
+          if (mask & ~bits[first / 32]) dev::atomic_or(bits + first / 32, mask);  // rows often share their outliers
         }
         most = here > most ? here : most;
       }
     }
+    return most;
+  };
+
+  unsigned turn = 0;
+  for (int64_t r = dev::block().x; r < rows; r += dev::grid().x, turn ^= 1) {
+    if constexpr (together) {
+      BNB_KEEP_LOOP
+      for (int64_t other = 0; other < rows; ++other)
+        if (other != r) largest_kept(Row<T>(x, other, columns, vectors));
+    } else {
+      any = false;
+    }
+    const Row<T> row(x, r, columns, vectors);
+    uint32_t most = largest_kept(row);
     BNB_UNROLL
     for (unsigned by = 1; by < dev::kWarp; by *= 2) {
       const uint32_t other = dev::shuffle_xor(most, by);
       most = other > most ? other : most;
     }
     if (dev::lane() == 0) largest[turn][dev::warp()] = most;
-    const bool any_in_row = dev::barrier_or(any);
-    for (unsigned w = 0; w < warps; ++w) most = largest[turn][w] > most ? largest[turn][w] : most;
+    const bool any_outlier = dev::barrier_or(any);
+    for (int w = 0; w < warps; ++w) most = largest[turn][w] > most ? largest[turn][w] : most;
     const float row_scale = dev::bits_float(most > kInfinity ? kNaN : most);
     if (dev::thread() == 0) scale[r] = row_scale;
+    if constexpr (together)
+      if (r == 0)
+        for (int i = static_cast<int>(dev::thread()); i < words; i += static_cast<int>(dev::threads())) outliers[i] = bits[i];
 
     const Factors f(row_scale);
     BNB_KEEP_LOOP
     for (int64_t base = 0; base < row.units; base += step) {
-      if (row.units > step) load(base);
+      if (row.units > step) load(row, base);
       BNB_UNROLL
       for (int u = 0; u < kUnits; ++u) {
-        const int64_t unit = base + u * static_cast<int64_t>(dev::threads()) + dev::thread();
+        const int64_t unit = unit_of(base, u);
         if (unit >= row.units) break;
         float v[kPer];
         to_floats<T>(raw[u], v);
-        if (any_in_row || f.first != 1 || f.second == 0) {
+        if (any_outlier || f.first != 1 || f.second == 0) {
+          const uint32_t out = together ? bits[unit * kPer / 32] >> unit * kPer % 32 : 0;
           BNB_UNROLL
-          for (int i = 0; i < kPer; ++i) v[i] = is_outlier(v[i], limit) || f.second == 0 ? 0 : dev::mul(v[i], f.first);
+          for (int i = 0; i < kPer; ++i) {
+            const bool none = f.second == 0 || (together ? (out >> i & 1) != 0 : is_outlier(v[i], limit));
+            v[i] = none ? 0 : dev::mul(v[i], f.first);
+          }
         }
         uint32_t q[kPer];
         BNB_UNROLL
@@ -333,23 +358,26 @@ template <class T> bool vectors_of(const void* x, int64_t columns, const void* c
 
 void quantize_rows(const char* op, const QuantizeInt8& d, Stream stream) {
   const bool limited = d.threshold > 0;
-  if (limited && d.rows != 1 && d.columns > 0) dev::zero_async(op, d.outliers.data(), outlier_words(d.columns) * 8, stream);
+  const int64_t words = limited ? outlier_words(d.columns) : 0;
+  const bool together = words > 0 && d.rows > 0 && d.rows * d.columns * size_of(d.x.dtype) <= kTogetherBytes;
+  if (words > 0 && !together) dev::zero_async(op, d.outliers.data(), words * 8, stream);
   if (d.rows == 0) return;
   auto* codes = reinterpret_cast<uint8_t*>(d.codes.data());
-  dev::Launch l = {.op = op, .dtype = d.x.dtype, .shape = {d.rows, d.columns}, .grid = {blocks_for(d.rows)}, .stream = stream};
+  auto* bits = limited ? reinterpret_cast<uint32_t*>(d.outliers.data()) : nullptr;
+  dev::Launch l = {.op = op, .dtype = d.x.dtype, .shape = {d.rows, d.columns}, .stream = stream};
   visit(d.x.dtype, [&](auto t) {
     using T = decltype(t);
+    l.grid = {together ? static_cast<uint32_t>(d.rows) : blocks_for(d.rows, 64)};
     l.threads = threads_for(parts(d.columns, kPerUnit<T>));
-    l.shared = 2 * dev::kWarp * 4;
-    dev::launch(l, quantize_rows_kernel<T>, static_cast<const uint8_t*>(d.x.data), d.rows, d.columns,
-                vectors_of<T>(d.x.data, d.columns, codes), limit_of(d.threshold), codes, d.scale.data(),
-                limited ? reinterpret_cast<uint32_t*>(d.outliers.data()) : nullptr);
+    l.shared = 2 * dev::kWarp * 4 + (together ? static_cast<uint32_t>(words) * 8 : 0);
+    dev::launch(l, together ? quantize_rows_kernel<T, true> : quantize_rows_kernel<T, false>, static_cast<const uint8_t*>(d.x.data), d.rows,
+                d.columns, vectors_of<T>(d.x.data, d.columns, codes), limit_of(d.threshold), codes, d.scale.data(), bits);
   });
-  if (!limited || d.rows == 1 || d.columns == 0) return;
+  if (words == 0 || together) return;
   l.grid = {blocks_for(parts(d.rows, 8), 4)};
   l.threads = 256;
   l.shared = sizeof(Cleared);
-  dev::launch(l, clear_columns, codes, d.rows, d.columns, Outliers{.words = d.outliers.data(), .word_count = outlier_words(d.columns)});
+  dev::launch(l, clear_columns, codes, d.rows, d.columns, Outliers{.words = d.outliers.data(), .word_count = words});
 }
 
 }  // namespace int8

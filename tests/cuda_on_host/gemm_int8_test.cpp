@@ -145,8 +145,10 @@ TYPED_TEST(CudaInt8, ColumnsThatDoNotExistArePassedOver) {
 
 // ---- quantization
 
+// A row with NaN or infinity has no codes, so two thirds of the cases have none.
 template <class T> std::vector<T> wild(uint64_t seed, int64_t n) {
   auto x = waves<T>(seed, n);
+  if (seed % 3 != 0) return x;
   for (size_t i = 0; i < x.size(); ++i) {
     const uint64_t r = random(seed + 7, i);
     if (r % 1001 == 0) x[i] = from_bits<T>(r >> 20);
@@ -159,7 +161,8 @@ template <class T> std::vector<T> wild(uint64_t seed, int64_t n) {
 // Rows within the registers of a block and beyond them, one and several, aligned or not.
 TYPED_TEST(CudaInt8, QuantizesWildNumbers) {
   uint64_t seed = 70;
-  for (const auto [rows, columns] : {std::pair<int64_t, int64_t>{1, 40}, {1, 3001}, {9, 1024}, {30, 333}, {2, 40001}, {3, 66000}})
+  for (const auto [rows, columns] :
+       {std::pair<int64_t, int64_t>{1, 40}, {1, 3001}, {9, 1024}, {30, 333}, {16, 2056}, {1, 33000}, {2, 40001}, {3, 66000}, {230, 1100}})
     for (const float threshold : {0.0f, 1e-20f, 0.5f, kInf}) {
       const auto x = wild<TypeParam>(++seed, rows * columns);
       const auto check = [&](auto on_cpu, auto on_gpu, int64_t scales, auto d) {
@@ -206,7 +209,7 @@ TYPED_TEST(CudaInt8, DequantizesWildScales) {
 
 TYPED_TEST(CudaInt8, LinearHasTheBytesOfTheCpu) {
   uint64_t seed = 900;
-  for (const auto [m, n, k] : {Shape{1, 40, 512}, {2, 33, 256}, {7, 20, 100}, {12, 48, 1040}, {40, 70, 144}, {130, 40, 96}, {3, 2, 0}})
+  for (const auto [m, n, k] : {Shape{1, 40, 512}, {2, 33, 256}, {7, 20, 100}, {12, 48, 1040}, {40, 70, 144}, {130, 40, 1056}, {3, 2, 0}})
     for (const float threshold : {0.0f, 6.0f, 2.5f, 1.0f}) {
       auto xs = normals(++seed, m * k);
       for (size_t i = 0; i < xs.size(); ++i)
