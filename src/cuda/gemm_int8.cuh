@@ -54,7 +54,7 @@ BNB_DEVICE int find(const Outliers& from, int64_t k, int first, int most, int32_
 
 inline constexpr int kChunk = 16;  // outliers at once
 
-// What a tile of rows x columns needs of a chunk of outliers. Threads of the block fill it together.
+// What a tile of rows x columns needs of a chunk of outliers. Threads of the block fill it together; x and w change when all have arrived.
 template <int rows, int columns> struct Staged {
   float w[kChunk][columns], x[rows][kChunk];
   int32_t column[kChunk];
@@ -140,10 +140,7 @@ BNB_DEVICE void finish(const Epilogue& e, Staged<rows, columns>* staged, int64_t
     float more[tall][wide] = {};
     BNB_KEEP_LOOP
     for (int chunk = 0; chunk * kChunk < total; ++chunk) {
-      if (chunk != held) {
-        dev::barrier();
-        staged->fill(e, first_row, first_column, held = chunk);
-      }
+      if (chunk != held) staged->fill(e, first_row, first_column, held = chunk);
       const int count = total - chunk * kChunk;
       BNB_KEEP_LOOP
       for (int c = 0; c < kChunk && c < count; ++c) BNB_UNROLL

@@ -1,8 +1,8 @@
 // Products of int8 for few rows of a: W streams once through registers into tensor cores.
 //
-// A block makes 16 columns of y. Its warps go through k, 64 columns at a time: rows of W are the A operand of mma, rows of a the B operand.
-// Lane t of the four that share a row takes columns 16 t .. 16 t + 15, two mma steps, of both operands alike, so that loads are 16 bytes.
-// Sums of the warps meet in shared memory; being integers they have no order.
+// A block makes 16 columns of y. Its warps go through k, four times 64 columns at once: rows of W are the A operand of mma, rows of a the B
+// operand. Lane t of the four that share a row takes columns 16 t .. 16 t + 15, two mma steps, of both operands alike, so that loads are 16
+// bytes. Sums of the warps meet in shared memory; being integers they have no order.
 //
 // Reads n k bytes of W once and m k bytes of a for each block, from the caches. Lower bound: n k bytes at the bandwidth of memory.
 #include "gemm_int8.cuh"
@@ -11,7 +11,7 @@ namespace bnb::cuda::int8 {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * static_cast<int>(dev::kWarp), kColumns = 16, kDepth = 64;
-constexpr int kAhead = 4;  // steps whose loads are in flight together
+constexpr int kAhead = 4;  // loads of a row that are in flight together
 
 template <int tiles> struct Shared {
   int32_t sums[kWarps][tiles * 8][kColumns];
@@ -37,11 +37,11 @@ template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(cons
 
   int32_t sums[tiles][4] = {};
   BNB_KEEP_LOOP
-  for (int base = warp * kDepth; base < static_cast<int>(e.k); base += kWarps * kAhead * kDepth) {
+  for (int base = warp * kAhead * kDepth; base < static_cast<int>(e.k); base += kWarps * kAhead * kDepth) {
     Bits<16> left_words[kAhead][2], right_words[kAhead][tiles];
     BNB_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      const int at = base + i * kWarps * kDepth, inside = at < left ? at : 0;  // beyond k some weight of the row: x is 0 there
+      const int at = base + i * kDepth, inside = at < left ? at : 0;  // beyond k some weight of the row: x is 0 there
       BNB_UNROLL
       for (int h = 0; h < 2; ++h) left_words[i][h] = dev::load_once<Bits<16>>(w[h] + inside);
       BNB_UNROLL
