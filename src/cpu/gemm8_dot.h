@@ -113,10 +113,10 @@ template <class Isa> class DotGemm8 {
     for (int64_t m = rows.begin; m < rows.end; ++m) {
       const int8_t* from = d.a.data() + m * d.k;
       Element* to = static_cast<Element*>(packed) + m * stride(d);
-      int32_t sum = 0;
-      for (int64_t k = 0; k < d.k; ++k) to[k] = from[k], sum += from[k];
-      for (int64_t k = d.k; k < ceil_div(d.k, Ops::step) * Ops::step; ++k) to[k] = 0;
-      shift[m] = Ops::shifted ? static_cast<uint32_t>(sum) * 128 : 0;
+      const int64_t size = d.k, padded = ceil_div(size, Ops::step) * Ops::step;  // for all the compiler knows, to[k] may change d
+      for (int64_t k = 0; k < size; ++k) to[k] = from[k];
+      for (int64_t k = size; k < padded; ++k) to[k] = 0;
+      if constexpr (Ops::shifted) shift[m] = 128 * static_cast<uint32_t>(Ops::sum(to, padded));
     }
     Finish8<Isa>::pack(d, reinterpret_cast<char*>(shift) + sums_bytes(d), rows);
   }

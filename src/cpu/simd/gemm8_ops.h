@@ -4,7 +4,7 @@
 //   tile_rows    rows of a in a tile of 4 rows of b that fits the registers
 //   Element      what rows of a are packed as
 //   step         elements of k in a vector
-//   shifted      b is taken as b + 128, so that 128 times the sum of a row of a must come off
+//   shifted      b is taken as b + 128, so that 128 times the sum of a row of a must come off: sum(row, n), n whole vectors
 //   load_b       `step` elements of b; load_b(p, n): the first n of them, whatever behind (a is zero there)
 //   dot          c + b . a by lanes
 //   add_lanes    to[i] = sum of the lanes of vector i
@@ -83,6 +83,11 @@ template <class Isa> struct Gemm8Ops<Isa, 16> {
   BNB_INLINE static Vec dot(Vec b, Vec a, Vec c) {
     asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(b), "v"(a));
     return c;
+  }
+  BNB_INLINE static int32_t sum(const Element* row, int64_t n) {
+    Vec c = zero();
+    for (int64_t k = 0; k < n; k += step) c = dot(_mm512_set1_epi8(1), load_a(row + k), c);
+    return _mm512_reduce_add_epi32(c);
   }
 #else
   static constexpr int step = 32;
