@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 import reference as ref
 import torch
-from test_int8_ops import codes as int8_codes
-from test_int8_ops import opcheck_cases as int8_cases
-from test_int8_ops import values as int8_values
 from test_matmul_4bit import MAX_ERROR, SHAPES
 from test_ops import OPCHECKS, opcheck_cases, overload
 from test_quantize import MAPS, SPECIAL
@@ -136,28 +133,6 @@ def test_nested_statistics(quant_type: str) -> None:
     assert_same((state.absmax, state.state2.absmax), scales)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 6.0, 0.4])
-@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
-def test_int8_rows_and_columns(dtype: torch.dtype, threshold: float) -> None:
-    for shape in [(1, 1), (1, 4096), (3, 100), (0, 8), (8, 0), (70, 4097), (33, 8192), (5, 40_000), (1000, 64)]:
-        x = int8_values(*shape, dtype)
-        q, scale, _ = check_bytes("int8_vectorwise_quant", x, threshold)
-        check_bytes("int8_double_quant", x, threshold)
-        check_bytes("int8_vectorwise_dequant", q, scale)
-
-
-@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
-def test_int8_rows_of_special_values(dtype: torch.dtype) -> None:
-    inf, nan = float("inf"), float("nan")
-    x = torch.randn(8, 70)
-    x[1, 3], x[2, 4], x[3, 5], x[4, 6] = nan, inf, -inf, 7
-    x[5] *= 1e-37
-    x[6] = 0
-    for threshold in (0.0, 6.0, inf):
-        check_bytes("int8_vectorwise_quant", x.to(dtype), threshold)
-        check_bytes("int8_double_quant", x.to(dtype), threshold)
-
-
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements() -> None:
     n, head = 2**31 + 65, 1 << 22
@@ -243,53 +218,6 @@ def test_deterministic_rows_do_not_depend_on_their_batch(dtype: torch.dtype, det
             assert torch.equal(linear(x[:m]), y[:m]), m
 
 
-def int8_layer(n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and bias on the CPU."""
-    weight, scale, _ = ops.int8_vectorwise_quant(torch.randn(n, k))
-    return weight, scale, torch.randn(n).to(dtype)
-
-
-@pytest.mark.parametrize("shape", [(1024, 4096), (4096, 1024), (272, 144), (33, 129), (5, 7), (64, 0)], ids=str)
-@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
-def test_int8_products_have_the_bytes_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight, scale, bias = int8_layer(*shape, dtype)
-    for m in BATCHES:
-        x = torch.randn(m, shape[1])
-        x[:, ::301] *= 7
-        x = x.to(dtype)
-        for threshold in (0.0, 6.0, 3.0):
-            check_bytes("int8_linear", x, weight, scale, bias, threshold)
-        q, rows, outliers = ops.int8_vectorwise_quant(x, 6.0)
-        check_bytes("int8_linear_matmul", q, weight)
-        check_bytes("int8_scaled_mm", q, weight, rows, scale, bias, dtype)
-        check_bytes("int8_mixed_scaled_mm", x, q, weight, rows, scale, outliers if outliers.numel() else None, bias)
-        sums = ops.int8_linear_matmul(q, weight)
-        check_bytes("int8_mm_dequant", sums, rows, scale, dtype, bias)
-
-
-def test_int8_sums_at_any_address() -> None:
-    for offset in (1, 4, 8):
-        a, b = int8_codes(20 * 64 + offset), int8_codes(36 * 64 + offset)
-        expected = ops.int8_linear_matmul(a[offset:].view(20, 64), b[offset:].view(36, 64))
-        on_gpu = a.to(GPU)[offset:].view(20, 64), b.to(GPU)[offset:].view(36, 64)
-        assert_same(ops.int8_linear_matmul(*on_gpu), expected)
-
-
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_int8_layer_forward_and_backward(threshold: float) -> None:
-    for m in (1, 16, 128):
-        linear = bnb.nn.Linear8bitLt(256, 192, has_fp16_weights=False, threshold=threshold).to(GPU)
-        x = torch.randn(m, 256, device=GPU, dtype=torch.bfloat16)
-        x[:, 5] = 8
-        x.requires_grad_()
-        y = linear(x)
-        grad = torch.randn(m, 192, device=GPU).to(y.dtype)
-        y.backward(grad)
-        w = F.int8_vectorwise_dequant(linear.weight.data, linear.weight.SCB).double()
-        assert ref.relative_error(y, x.double() @ w.t() + linear.bias.double()) < 2e-2
-        assert ref.relative_error(x.grad, grad.double() @ w) < 2e-2
-
-
 @pytest.mark.parametrize("nested", [False, True])
 def test_gemv_4bit(nested: bool) -> None:
     packed, state = F.quantize_4bit(torch.randn(192, 256, device=GPU), quant_type="nf4", compress_statistics=nested)
@@ -326,18 +254,6 @@ def test_every_op_equals_the_cpu() -> None:
             torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
         else:
             assert_same(found, expected)
-
-
-def test_every_int8_op_equals_the_cpu() -> None:
-    for name, args in int8_cases():
-        torch.library.opcheck(overload(name), there(args), test_utils=OPCHECKS)
-        if name.endswith(".out"):
-            on_gpu = there(args)
-            overload(name)(*args)
-            overload(name)(*on_gpu)
-            assert_same(on_gpu[-1], args[-1])
-        else:
-            check_bytes(name, *args)
 
 
 def test_work_is_put_on_the_current_stream() -> None:
@@ -397,29 +313,6 @@ def test_capture_in_a_graph(nested: bool, m: int) -> None:
                 assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("m", BATCHES)
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_int8_in_a_graph(threshold: float, m: int) -> None:
-    """Outlier columns of each replay are those of its input."""
-    linear = bnb.nn.Linear8bitLt(4096, 1024, has_fp16_weights=False, threshold=threshold).to(GPU)
-    x = torch.randn(m, 4096, device=GPU, dtype=torch.bfloat16)
-    with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            linear(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = linear(x)
-        for outlier in (None, 3, 4000):
-            x.copy_(torch.randn_like(x))
-            if outlier is not None:
-                x[m // 2, outlier] = 20
-            graph.replay()
-            assert torch.equal(captured, linear(x))
-
-
 @pytest.fixture
 def no_sync() -> Iterator[None]:
     """Any operation that waits for the device is an error."""
@@ -439,14 +332,6 @@ def test_nothing_waits_for_the_device(no_sync: None) -> None:
             F.gemv_4bit(x.detach(), packed, state=state)
     codes, blockwise = F.quantize_blockwise(w)
     F.dequantize_blockwise(codes, blockwise)
-    weight, scale, _ = ops.int8_vectorwise_quant(w)
-    for m, threshold in itertools.product(BATCHES, (0.0, 6.0)):
-        x = torch.randn(m, 1024, device=GPU, dtype=torch.bfloat16)
-        ops.int8_linear(x, weight, scale, None, threshold)
-        q, rows, _ = ops.int8_vectorwise_quant(x)
-        ops.int8_mm_dequant(ops.int8_linear_matmul(q, weight), rows, scale)
-    ops.int8_double_quant(w)
-    ops.int8_vectorwise_dequant(weight, scale)
 
 
 def test_an_op_compiles_without_a_break() -> None:
@@ -478,7 +363,6 @@ def mixed() -> dict[str, Any]:
     code8, code4, x = F.create_dynamic_map(), F.get_4bit_type("nf4", device="cpu"), torch.randn(1, 64)
     on_gpu = x.to(GPU)
     offset = torch.zeros(())
-    weight, scale = int8_codes(4, 64).to(GPU), torch.ones(4, device=GPU)
 
     def gemm(*rest: Any, a: Any = on_gpu, b: Any = packed, s: Any = absmax) -> Any:
         return ops.gemm_4bit(a, b, [64, 64], s, 64, "nf4", *rest)
@@ -494,10 +378,6 @@ def mixed() -> dict[str, Any]:
         "gemm_4bit: bias": lambda: gemm(torch.zeros(64)),
         "gemm_4bit: absmax_code": lambda: gemm(None, codes[:64], code8, offset.to(GPU), s=absmax[:1]),
         "gemm_4bit: absmax_offset": lambda: gemm(None, codes[:64], code8.to(GPU), offset, s=absmax[:1]),
-        "int8_linear: CB": lambda: ops.int8_linear(on_gpu, weight.cpu(), scale),
-        "int8_linear: SCB": lambda: ops.int8_linear(on_gpu, weight, scale.cpu()),
-        "int8_linear_matmul: B": lambda: ops.int8_linear_matmul(weight, weight.cpu()),
-        "int8_vectorwise_dequant: stats": lambda: ops.int8_vectorwise_dequant(weight, scale.cpu()),
         "gemv_4bit: code": lambda: ops.gemv_4bit(on_gpu, packed, [64, 64], absmax, code4, 64),
     }
 
