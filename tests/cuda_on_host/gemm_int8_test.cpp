@@ -161,7 +161,7 @@ template <class T> std::vector<T> wild(uint64_t seed, int64_t n) {
 // Rows within the registers of a block and beyond them, one and several, aligned or not.
 TYPED_TEST(CudaInt8, QuantizesWildNumbers) {
   uint64_t seed = 70;
-  for (const auto [rows, columns] :
+  for (const auto& [rows, columns] :
        {std::pair<int64_t, int64_t>{1, 40}, {1, 3001}, {9, 1024}, {30, 333}, {16, 2056}, {1, 33000}, {2, 40001}, {3, 66000}, {230, 1100}})
     for (const float threshold : {0.0f, 1e-20f, 0.5f, kInf}) {
       const auto x = wild<TypeParam>(++seed, rows * columns);
