@@ -13,6 +13,7 @@
 
 namespace bnb {
 
+inline constexpr int kOutlierGroup = 16;  // outlier columns whose products are summed by themselves, then added to those before
 inline constexpr int64_t kMaxInt8Depth = (int64_t{1} << 17) - 1;  // k for which no sum of k products leaves int32
 
 constexpr int64_t outlier_words(int64_t columns) { return columns / 64 + (columns % 64 != 0); }
@@ -50,7 +51,7 @@ struct DequantizeInt8 {
 };
 void dequantize_int8(const DequantizeInt8&);
 
-// What becomes of the int32 sums of a product: y = sum * (row[i] * (column[j] / 127^2)) + outliers + bias[j], each step in fp32.
+// What becomes of the int32 sums of a product: y = (sum * (column[j] / 127^2)) * row[i] + outliers + bias[j], each step in fp32.
 struct Int8Epilogue {
   std::span<const float> row_scale = {};     // m
   std::span<const float> column_scale = {};  // n

@@ -49,6 +49,8 @@ def check_quant(op: str, A: torch.Tensor, threshold: float) -> None:
 
 
 def check_threshold(op: str, threshold: float) -> None:
+    if not isinstance(threshold, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{op}: threshold is {type(threshold).__name__}, expected a number")
     torch._check_value(threshold >= 0, lambda: f"{op}: threshold is {threshold}, expected 0 or more")
 
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <bit>
+#include <limits>
 
 #include "ops.h"
 
@@ -55,7 +56,8 @@ template <class Device> struct Int8Args : Args<Device> {
   }
   float threshold(double given) const {
     this->that(given >= 0, "threshold", given, "a number of 0 or more");
-    return static_cast<float>(given);
+    const auto rounded = static_cast<float>(given);
+    return given > 0 && rounded == 0 ? std::numeric_limits<float>::denorm_min() : rounded;  // above 0 stays above 0
   }
   Tensor weight(std::string_view argument, const Tensor& t, int64_t columns) const {
     if (t.dim() != 2 || t.size(1) != columns) [[unlikely]]

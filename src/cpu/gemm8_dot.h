@@ -59,29 +59,49 @@ template <class Isa> class Finish8 {
       return;
     }
     visit(d_.to.out.dtype, [&](auto t) {
-      for (int64_t i = 0; i < count; ++i)
-        row(sums + i * kSumColumns, m + i, static_cast<decltype(t)*>(d_.to.out.data) + (m + i) * d_.n + n_);
+      tiles_of<4>(m, count, [&](int64_t i, auto height) {
+        finish<height()>(sums + (i - m) * kSumColumns, i, static_cast<decltype(t)*>(d_.to.out.data) + i * d_.n + n_);
+      });
     });
   }
 
  private:
   float* weights() const { return static_cast<float*>(scratch_.data()); }
 
-  template <class T> BNB_INLINE void row(const int32_t* sums, int64_t m, T* to) const {
-    const auto scale = Isa::set1(d_.to.row_scale[static_cast<size_t>(m)]);
-    alignas(64) T last[kSumColumns];
-    T* out = count_ == kSumColumns ? to : last;
+  // `height` rows from m on.
+  template <int height, class T> BNB_INLINE void finish(const int32_t* sums, int64_t m, T* to) const {
     for (int j = 0; j < kSumColumns; j += Isa::lanes) {
-      auto y = Isa::mul(Isa::load(sums + j), Isa::mul(scale, Isa::load(scale_ + j)));
-      if (outliers_ > 0) {
-        auto more = Isa::zero();
-        for (int64_t c = 0; c < outliers_; ++c)
-          more = Isa::add(more, Isa::mul(Isa::set1(x_[m * outliers_ + c]), Isa::load(weights() + c * kSumColumns + j)));
-        y = Isa::add(y, more);
+      typename Isa::F32 more[height];
+      outlier_sums<height>(m, j, more);
+      for (int i = 0; i < height; ++i) {
+        auto y = Isa::mul(Isa::mul(Isa::load(sums + i * kSumColumns + j), Isa::load(scale_ + j)),
+                          Isa::set1(d_.to.row_scale[static_cast<size_t>(m + i)]));
+        if (outliers_ > 0) y = Isa::add(y, more[i]);
+        y = Isa::add(y, Isa::load(bias_ + j));
+        if (count_ == kSumColumns) {
+          Isa::store(to + i * d_.n + j, y);
+        } else if (j < count_) {
+          alignas(64) T last[Isa::lanes];
+          Isa::store(last, y);
+          std::memcpy(to + i * d_.n + j, last, static_cast<size_t>(smaller(Isa::lanes, count_ - j)) * sizeof(T));
+        }
       }
-      Isa::store(out + j, Isa::add(y, Isa::load(bias_ + j)));
     }
-    if (out == last) std::memcpy(to, last, static_cast<size_t>(count_) * sizeof(T));
+  }
+
+  template <int height> BNB_INLINE void outlier_sums(int64_t m, int j, typename Isa::F32 (&sums)[height]) const {
+    const float* x = x_ + m * outliers_;
+    for (auto& s : sums) s = Isa::zero();
+    for (int64_t first = 0; first < outliers_; first += kOutlierGroup) {
+      typename Isa::F32 part[height];
+      for (auto& p : part) p = Isa::zero();
+      for (int64_t c = first; c < smaller(first + kOutlierGroup, outliers_); ++c) {
+        const auto w = Isa::load(weights() + c * kSumColumns + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < height; ++i) part[i] = Isa::add(part[i], Isa::mul(Isa::set1(x[i * outliers_ + c]), w));
+      }
+      for (int i = 0; i < height; ++i) sums[i] = Isa::add(sums[i], part[i]);
+    }
   }
 
   const GemmInt8& d_;

@@ -52,7 +52,7 @@ BNB_DEVICE int find(const Outliers& from, int64_t k, int first, int most, int32_
   return total;
 }
 
-inline constexpr int kChunk = 16;  // outliers at once
+inline constexpr int kChunk = kOutlierGroup;  // outliers at once
 
 // What a tile of rows x columns needs of a chunk of outliers. Threads of the block fill it together; x and w change when all have arrived.
 template <int rows, int columns> struct Staged {
@@ -117,7 +117,7 @@ template <class T, int wide> BNB_DEVICE void put_rounded(const Epilogue& e, int6
   put(e, row, column, bits, sizeof(T));
 }
 
-// The sums of a tile on their way to y: y = sum * (row * (column / 127^2)) + outliers + bias, each step in fp32 and in this order. All
+// The sums of a tile on their way to y: y = (sum * (column / 127^2)) * row + outliers + bias, each step in fp32 and in this order. All
 // threads of the block; each takes `tall` rows of `wide` columns at a time. sum(row, column, int32_t[wide]) reads the tile. `staged` holds
 // the first chunk of outliers; null where there cannot be any.
 template <int rows, int columns, int threads, int tall, int wide, class Sum>
@@ -142,12 +142,17 @@ BNB_DEVICE void finish(const Epilogue& e, Staged<rows, columns>* staged, int64_t
     for (int chunk = 0; chunk * kChunk < total; ++chunk) {
       if (chunk != held) staged->fill(e, first_row, first_column, held = chunk);
       const int count = total - chunk * kChunk;
-      BNB_KEEP_LOOP
-      for (int c = 0; c < kChunk && c < count; ++c) BNB_UNROLL
+      BNB_UNROLL
       for (int i = 0; i < tall; ++i) {
-        const float x = first + i < rows ? staged->x[first + i][c] : 0;
+        float part[wide] = {};
+        BNB_KEEP_LOOP
+        for (int c = 0; c < kChunk && c < count; ++c) {
+          const float x = first + i < rows ? staged->x[first + i][c] : 0;
+          BNB_UNROLL
+          for (int j = 0; j < wide; ++j) part[j] = dev::add(part[j], dev::mul(x, staged->w[c][column + j]));
+        }
         BNB_UNROLL
-        for (int j = 0; j < wide; ++j) more[i][j] = dev::add(more[i][j], dev::mul(x, staged->w[c][column + j]));
+        for (int j = 0; j < wide; ++j) more[i][j] = dev::add(more[i][j], part[j]);
       }
     }
     BNB_UNROLL
@@ -167,7 +172,7 @@ BNB_DEVICE void finish(const Epilogue& e, Staged<rows, columns>* staged, int64_t
       float y[wide];
       BNB_UNROLL
       for (int j = 0; j < wide; ++j) {
-        y[j] = dev::mul(static_cast<float>(sums[j]), dev::mul(row_scale, scale[j]));
+        y[j] = dev::mul(dev::mul(static_cast<float>(sums[j]), scale[j]), row_scale);
         if (total > 0) y[j] = dev::add(y[j], more[i][j]);
         y[j] = dev::add(y[j], bias[j]);
       }

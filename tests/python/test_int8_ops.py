@@ -218,12 +218,12 @@ def test_linear(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("device", ["native", "default"])
 def test_epilogue_bytes(device: str) -> None:
-    """sum * (row * (column * fl(1 / 127^2))) + bias, each step in float32."""
+    """(sum * (column * fl(1 / 127^2))) * row + bias, each step in float32."""
     call = on_other_device if device == "default" else lambda name, *args: overload(name)(*args)
     sums = torch.randint(-(2**31), 2**31, (50, 67), dtype=torch.int32)
     rows, columns, bias = torch.rand(50), torch.rand(67) * 3, torch.randn(67)
-    scale = rows.numpy()[:, None] * (columns.numpy() * (np.float32(1) / np.float32(127**2)))
-    expected = torch.from_numpy(sums.numpy().astype(np.float32) * scale + bias.numpy())
+    scaled = sums.numpy().astype(np.float32) * (columns.numpy() * (np.float32(1) / np.float32(127**2)))
+    expected = torch.from_numpy(scaled * rows.numpy()[:, None] + bias.numpy())
     ref.assert_bits(call("int8_mm_dequant", sums, rows, columns, torch.float32, bias), expected)
     ref.assert_bits(call("int8_mm_dequant", sums, rows, columns, torch.bfloat16, bias), expected.bfloat16())
 
@@ -349,3 +349,29 @@ def test_wrong_arguments_are_named(name: str, args: tuple[Any, ...], wrong: str,
     op = name.partition(".")[0]
     with pytest.raises((ValueError, RuntimeError), match=rf"{op}: .*\b{wrong}\b.*expected"):
         on_other_device(name, *args) if device == "default" else overload(name)(*args)
+
+
+@pytest.mark.parametrize("k", [1024, 4096])
+def test_many_outlier_columns_add_no_error(k: int) -> None:
+    weight, scale, _ = ops.int8_vectorwise_quant(torch.rand(8, k))
+    x = torch.rand(3, k) + 7
+    exact = x.double() @ (weight.double() * scale.double()[:, None] / 127).t()
+    assert ((ops.int8_linear(x, weight, scale, None, 6.0) - exact) / exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("x_size", "w_size"), [(1e-30, 1e-6), (1e30, 1e-3), (3e37, 1e5)])
+def test_extreme_scales_neither_overflow_nor_lose_digits(x_size: float, w_size: float) -> None:
+    x, (weight, scale, _) = torch.randn(3, 64) * x_size, ops.int8_vectorwise_quant(torch.randn(5, 64) * w_size)
+    weight[0] = 0
+    q, rows, _ = ops.int8_vectorwise_quant(x)
+    exact = (q.double() * rows.double()[:, None] / 127) @ (weight.double() * scale.double()[:, None] / 127).t()
+    y = ops.int8_linear(x, weight, scale)
+    assert (y[:, 0] == 0).all()
+    fits = exact.abs() < 3.4e38
+    torch.testing.assert_close(y.double()[fits], exact[fits], rtol=1e-6, atol=0)
+
+
+def test_a_threshold_that_float32_cannot_hold_is_one_all_the_same() -> None:
+    _, scale, outliers = ops.int8_vectorwise_quant(torch.tensor([[0.0, 1.0]]), 1e-50)
+    assert outliers.tolist() == [1] and scale.tolist() == [0]
+    torch.library.opcheck(ops.int8_vectorwise_quant.default, (torch.randn(3, 5), 1e-50))

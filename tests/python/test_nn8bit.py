@@ -395,3 +395,39 @@ def test_names_are_exported() -> None:
     for name in ("Linear8bitLt", "Int8Params", "OutlierAwareLinear", "SwitchBackLinearBnb", "StableEmbedding"):
         assert getattr(nn.modules, name).__module__ == "bitsandbytes.nn.modules"
     assert bnb.matmul is bnb.autograd.matmul
+
+
+def test_float64_is_computed_in_float32() -> None:
+    layer = bnb.nn.Linear8bitLt(40, 24, has_fp16_weights=False).double().to("cpu")
+    x = torch.randn(3, 40, dtype=torch.float64)
+    y = layer(x)
+    assert y.dtype == torch.float64 and torch.equal(y, layer(x.float()).double())
+    assert torch.equal(bnb.matmul(x, layer.weight, state=layer.state, bias=layer.bias), y)
+    assert bnb.nn.Int8Params(torch.randn(4, 8, dtype=torch.float64), requires_grad=False).to("cpu").SCB.shape == (4,)
+
+
+def test_assigned_scales_become_float32() -> None:
+    layer = bnb.nn.Linear8bitLt(8, 4, has_fp16_weights=False).to("cpu")
+    state = layer.state_dict()
+    state["SCB"] = state["SCB"].half()
+    layer.load_state_dict(state, assign=True)
+    assert layer.weight.SCB.dtype == torch.float32 and layer(torch.randn(2, 8)).shape == (2, 4)
+
+
+def test_a_layer_quantized_under_inference_mode_passes_gradients() -> None:
+    with torch.inference_mode():
+        layer = bnb.nn.Linear8bitLt(8, 4, bias=False, has_fp16_weights=False).to("cpu")
+    x = torch.randn(2, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("threshold", ["6", None])
+def test_a_threshold_that_is_no_number(threshold: object) -> None:
+    with pytest.raises(TypeError, match=r"Linear8bitLt: threshold is .*, expected a number"):
+        bnb.nn.Linear8bitLt(8, 4, threshold=threshold)
+
+
+def test_matmul_names_the_weight() -> None:
+    with pytest.raises(ValueError, match=r"matmul: B has shape \(4, 41\)"):
+        bnb.matmul(torch.randn(2, 40), torch.randn(4, 41))

@@ -13,6 +13,7 @@ from .._ops_int8 import check_threshold
 from ..functional.blockwise import fill, scales
 from ..functional.deprecated import warn_once
 from ..functional.fourbit import gemm_4bit
+from ..functional.int8 import single
 from ..functional.quant_state import QuantState
 
 _ops = torch.ops.bitsandbytes
@@ -161,7 +162,7 @@ def int8_weight(op: str, B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tenso
     """The codes and scales of a weight. Floats are quantized: now, or once if the state says so."""
     CB = B if B.dtype == torch.int8 else None if state.has_fp16_weights else state.CB
     if CB is None or (state.SCB is None and CB is not B):
-        state.CB, state.SCB, _ = _ops.int8_vectorwise_quant.default(B.detach())
+        state.CB, state.SCB, _ = _ops.int8_vectorwise_quant.default(single(B.detach()))
         CB = state.CB
     if state.SCB is None:
         raise ValueError(f"{op}: state.SCB is None, expected the scales of B, which has dtype int8")
@@ -183,7 +184,8 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def keep(ctx: Any, A: Tensor, B: Tensor, out: Tensor | None, bias: Tensor | None, *weight: Tensor) -> None:
         """Keeps what the backward pass needs; the activations only if the weight learns."""
-        ctx.save_for_backward(*weight, A if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(A if ctx.needs_input_grad[1] else None)
+        ctx.weight = weight  # not saved: it may have been made under inference_mode
         ctx.A_dtype, ctx.B_dtype = A.dtype, B.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         if out is not None:
@@ -192,7 +194,7 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
         (grad,) = grads
-        CB, SCB, A = ctx.saved_tensors
+        (A,), (CB, SCB) = ctx.saved_tensors, ctx.weight
         rows = _rows(grad)
         grad_A = grad_B = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -250,7 +252,7 @@ def matmul(
     """y = A @ B^T + bias in int8 (LLM.int8()): the rows of A are quantized, and B is, or becomes, int8 codes.
 
     Args:
-        A: [..., K]; fp32, fp16 or bf16, and so is y, [..., N].
+        A: [..., K]; fp32, fp16 or bf16, and so is y, [..., N]. fp64 is computed in fp32.
         B: [N, K]: floats, or int8 codes whose scales are in state.SCB.
         out: optional tensor to receive y.
         state: of the weight. By default B is floats, and is quantized for this product.
@@ -274,6 +276,14 @@ def matmul(
         raise TypeError(f"matmul: state is {type(state).__name__}, expected a MatmulLtState")
     if threshold > 0.0:
         state.threshold = threshold
+    check.dtype("matmul", "B", B, *check.FLOATS, torch.float64, torch.int8)
+    if A.dim() == 0 or B.dim() != 2 or B.shape[1] != A.shape[-1]:
+        raise ValueError(
+            f"matmul: B has shape {tuple(B.shape)}, expected [N, K] for A of shape {tuple(A.shape)}, [..., K]"
+        )
+    if A.dtype == torch.float64:
+        return matmul(A.float(), B, out, state, 0.0, bias).double()
+    bias = None if bias is None else single(bias)
     learns = A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
     if learns and torch.is_grad_enabled():
         return MatMul8bitLt.apply(A, B, out, bias, state)

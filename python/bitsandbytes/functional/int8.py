@@ -9,11 +9,16 @@ from .blockwise import fill
 _ops = torch.ops.bitsandbytes
 
 
+def single(A: Tensor) -> Tensor:
+    """fp64 as fp32, which is what int8 keeps of it."""
+    return A.float() if A.dtype == torch.float64 else A
+
+
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantizes rows: scale = max |x| of the row, code = x * 127 / scale rounded to the nearest, ties to even.
 
     Args:
-        A: [..., K], read as rows of K; fp32, fp16 or bf16. It is not changed.
+        A: [..., K], read as rows of K; fp32, fp16, bf16, or fp64, which is taken as fp32. It is not changed.
         threshold: above 0, elements with |x| >= threshold are outliers: they do not count in a scale, and columns that
             hold one have code 0 in all rows.
 
@@ -25,7 +30,7 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
         ValueError, TypeError: a wrong argument, which the message names.
     """
     check.tensor("int8_vectorwise_quant", "A", A)
-    return _ops.int8_vectorwise_quant.default(A, threshold)
+    return _ops.int8_vectorwise_quant.default(single(A), threshold)
 
 
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:

@@ -126,6 +126,8 @@ class Linear8bitLt(torch.nn.Linear):
         dtype = x.dtype
         if dtype == torch.float64:
             x = x.float()
+        if bias is not None and bias.dtype == torch.float64:
+            bias = bias.float()
         SCB = weight.SCB if type(weight) is Int8Params else None
         if SCB is None or SCB is not state.SCB or state.CB is None:
             SCB = self._prepare(weight)
@@ -202,7 +204,7 @@ class Linear8bitLt(torch.nn.Linear):
         super()._load_from_state_dict(rest, prefix, *args)
         missing_keys[missing_before:] = [k for k in missing_keys[missing_before:] if k != key]
         if assign:
-            self.weight = Int8Params(weight.detach(), requires_grad=False, SCB=SCB)
+            self.weight = Int8Params(weight.detach(), requires_grad=False, SCB=SCB.detach().float())
         elif not self.weight.is_meta:
             with torch.no_grad():
                 self.weight.copy_(weight)

@@ -63,7 +63,7 @@ def _sums(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _dequantize_sums(sums: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
-    return sums.float() * (row_scale.view(-1, 1) * (column_scale.view(1, -1) * (1 / 127**2)))
+    return sums.float() * (column_scale.view(1, -1) * (1 / 127**2)) * row_scale.view(-1, 1)
 
 
 def _outlier_product(x: Tensor, CB: Tensor, SCB: Tensor, columns: Tensor | None) -> Tensor | float:
