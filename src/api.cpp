@@ -15,7 +15,7 @@ template <class F> void for_blocks(int64_t n, int64_t blocksize, void* out, int6
   const cpu::OutputPages pages(out, bytes);
   const auto stores = pages.streams() ? cpu::Stores::streaming : cpu::Stores::cached;
   const int64_t blocks = blocks_of(n, blocksize), block_bytes = blocksize * bytes / std::max<int64_t>(1, n);
-  parallel_for(blocks, std::max<int64_t>(1, kGrainElements / blocksize), [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain_of(kGrainElements, blocksize), [&](int64_t begin, int64_t end) {
     pages.map(begin * block_bytes, end * block_bytes);
     f(cpu::Range{begin, end}, stores);
   });

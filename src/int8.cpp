@@ -1,8 +1,6 @@
 // The public operations of LLM.int8() (bnb/int8.h).
 #include <bnb/int8.h>
 
-#include <vector>
-
 #include "arguments.h"
 #include "multiply.h"
 
@@ -24,13 +22,6 @@ void quantize_rows(const QuantizeInt8& d) {
   });
 }
 
-std::vector<int64_t> list_of(std::span<const uint64_t> outliers) {
-  std::vector<int64_t> columns;
-  for (size_t w = 0; w < outliers.size(); ++w)
-    for (uint64_t left = outliers[w]; left != 0; left &= left - 1) columns.push_back(static_cast<int64_t>(64 * w) + __builtin_ctzll(left));
-  return columns;
-}
-
 void clear_columns(const QuantizeInt8& d, std::span<const int64_t> columns) {
   if (columns.empty()) return;
   parallel_for(d.rows, grain_of(kGrainElements, std::ssize(columns)), [&](int64_t begin, int64_t end) {
@@ -44,14 +35,14 @@ void clear_columns(const QuantizeInt8& d, std::span<const int64_t> columns) {
 void quantize_int8(const QuantizeInt8& d) {
   check_arguments(d);
   quantize_rows(d);
-  if (d.threshold > 0) clear_columns(d, list_of(d.outliers.first(static_cast<size_t>(outlier_words(d.columns)))));
+  if (d.threshold > 0) clear_columns(d, outlier_columns(d.outliers.first(static_cast<size_t>(outlier_words(d.columns)))));
 }
 
 void quantize_columns_int8(const QuantizeColumnsInt8& d) {
   check_arguments(d);
-  constexpr int64_t kStep = 64;  // columns that a kernel takes at once
-  parallel_for((d.columns + kStep - 1) / kStep, grain_of(kGrainElements, d.rows * kStep), [&](int64_t begin, int64_t end) {
-    cpu::active().quantize_columns_int8(d, {begin * kStep, std::min(end * kStep, d.columns)});
+  constexpr int64_t step = cpu::kInt8Columns;
+  parallel_for((d.columns + step - 1) / step, grain_of(kGrainElements, d.rows * step), [&](int64_t begin, int64_t end) {
+    cpu::active().quantize_columns_int8(d, {begin * step, std::min(end * step, d.columns)});
   });
 }
 
@@ -82,7 +73,7 @@ void linear_int8(const LinearInt8& d) {
   const auto size = static_cast<size_t>(d.m * d.k), m = static_cast<size_t>(d.m);
   const QuantizeInt8 quantize{d.m, d.k, d.x, d.threshold, {codes, size}, {scale, m}, {outliers, static_cast<size_t>(words)}};
   quantize_rows(quantize);
-  const auto columns = list_of(quantize.outliers);
+  const auto columns = outlier_columns(quantize.outliers);
   clear_columns(quantize, columns);
   multiply(cpu::active().gemm_int8, {.m = d.m,
                                      .n = d.n,

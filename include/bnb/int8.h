@@ -8,8 +8,10 @@
 
 #include <bnb/types.h>
 
+#include <bit>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 namespace bnb {
 
@@ -17,6 +19,14 @@ inline constexpr int kOutlierGroup = 16;  // outlier columns whose products are 
 inline constexpr int64_t kMaxInt8Depth = (int64_t{1} << 17) - 1;  // k for which no sum of k products leaves int32
 
 constexpr int64_t outlier_words(int64_t columns) { return columns / 64 + (columns % 64 != 0); }
+
+// The columns whose bits are set (QuantizeInt8::outliers), ascending.
+inline std::vector<int64_t> outlier_columns(std::span<const uint64_t> words) {
+  std::vector<int64_t> columns;
+  for (size_t w = 0; w < words.size(); ++w)
+    for (uint64_t left = words[w]; left != 0; left &= left - 1) columns.push_back(static_cast<int64_t>(64 * w) + std::countr_zero(left));
+  return columns;
+}
 
 // Of each row: scale = max |x|, code = x * (127 * (1 / scale)), each step rounded to fp32, then to the nearest integer, ties to even. With
 // a scale below 2^-100 both x and scale are first multiplied by 2^100. threshold > 0: elements with |x| >= threshold are outliers. They do

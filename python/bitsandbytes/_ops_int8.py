@@ -42,6 +42,11 @@ def rows_of(A: torch.Tensor) -> int:
     return rows
 
 
+def as_rows(A: torch.Tensor) -> torch.Tensor:
+    """A [..., K] as a matrix; also where K is 0 and reshape cannot tell the number of rows."""
+    return A.reshape(rows_of(A), A.shape[-1])
+
+
 def check_quant(op: str, A: torch.Tensor, threshold: float) -> None:
     check.dtype(op, "A", A, *check.FLOATS)
     check_matrix(op, "A", A)

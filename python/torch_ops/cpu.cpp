@@ -43,8 +43,9 @@ struct Cpu {
     d.outliers = words;
     bnb::quantize_int8(d);
     if (d.threshold == 0) return std::nullopt;
-    const Tensor columns = allocate(count_of(words));
-    list_columns(words, write<int64_t>(columns));
+    const auto found = outlier_columns(words);
+    const Tensor columns = allocate(std::ssize(found));
+    std::ranges::copy(found, write<int64_t>(columns).data());
     return columns;
   }
   void quantize_columns_int8(const QuantizeColumnsInt8& d) const { bnb::quantize_columns_int8(d); }

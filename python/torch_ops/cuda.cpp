@@ -89,10 +89,10 @@ class Cuda {
     Tensor found = host_tensor(words, aoti_torch_dtype_int64());
     torch::stable::copy_(found, bits);
     const std::span on_cpu(static_cast<const uint64_t*>(found.const_data_ptr()), static_cast<size_t>(words));
-    const int64_t count = count_of(on_cpu);
-    const Tensor list = host_tensor(count, aoti_torch_dtype_int64());
-    list_columns(on_cpu, write<int64_t>(list));
-    Tensor columns = allocate(count);
+    const auto listed = outlier_columns(on_cpu);
+    const Tensor list = host_tensor(std::ssize(listed), aoti_torch_dtype_int64());
+    std::ranges::copy(listed, write<int64_t>(list).data());
+    Tensor columns = allocate(std::ssize(listed));
     torch::stable::copy_(columns, list);
     return columns;
   }

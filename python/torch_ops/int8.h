@@ -6,7 +6,6 @@
 //   quantize_columns_int8(d), dequantize_int8(d), dequantize_sums(d), gemm_int8(d)
 #pragma once
 
-#include <bit>
 #include <limits>
 
 #include "ops.h"
@@ -24,18 +23,6 @@ struct Matrix {
   }
 };
 
-// Outlier columns, of their bits.
-inline int64_t count_of(std::span<const uint64_t> words) {
-  int64_t count = 0;
-  for (const uint64_t w : words) count += std::popcount(w);
-  return count;
-}
-inline void list_columns(std::span<const uint64_t> words, std::span<int64_t> columns) {
-  auto to = columns.begin();
-  for (size_t w = 0; w < words.size(); ++w)
-    for (uint64_t left = words[w]; left != 0; left &= left - 1) *to++ = static_cast<int64_t>(64 * w) + std::countr_zero(left);
-}
-
 inline Sizes with_last(const Tensor& t, int64_t last) {
   Sizes s(t.sizes().begin(), t.sizes().end());
   s.back() = last;
@@ -49,32 +36,20 @@ template <class Device> struct Int8Args : Args<Device> {
     this->type(argument, t, ScalarType::Char);
     return this->input(argument, t);
   }
-  // Scales: at least as many as rows. A double threshold that fp32 cannot hold would become infinity, which is one.
   Tensor scales(std::string_view argument, const Tensor& t, int64_t count) const {
     this->equal(argument, t.numel(), count, "one for each row");
     return this->floats(argument, t);
   }
+  // Above 0 it stays above 0 in fp32.
   float threshold(double given) const {
     this->that(given >= 0, "threshold", given, "a number of 0 or more");
     const auto rounded = static_cast<float>(given);
-    return given > 0 && rounded == 0 ? std::numeric_limits<float>::denorm_min() : rounded;  // above 0 stays above 0
+    return given > 0 && rounded == 0 ? std::numeric_limits<float>::denorm_min() : rounded;
   }
   Tensor weight(std::string_view argument, const Tensor& t, int64_t columns) const {
     if (t.dim() != 2 || t.size(1) != columns) [[unlikely]]
       this->fail(argument, "of shape " + text(sizes(t)), "[N, " + std::to_string(columns) + "], as A says");
     return codes(argument, t);
-  }
-};
-
-// A bias that lives as long as the call.
-template <class Device> struct Bias {
-  std::optional<Tensor> kept;
-  ConstView view = {};
-  Bias(const Args<Device>& args, const std::optional<Tensor>& bias, int64_t n) {
-    if (!bias) return;
-    kept = args.input("bias", *bias);
-    view = args.values("bias", *kept);
-    args.equal("bias", view.size, n, "n elements");
   }
 };
 
@@ -154,11 +129,7 @@ template <class Device> Tensor int8_linear_matmul(const Tensor& a, const Tensor&
 template <class Device> void int8_linear_matmul_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   const Int8Args<Device> args("int8_linear_matmul", a);
   Int8Product<Device> product(args, "A", a, "B", b);
-  args.on_device("out", out);
-  args.type("out", out, ScalarType::Int);
-  const Sizes shape = with_last(a, product.d.n);
-  if (!std::ranges::equal(out.sizes(), shape)) args.fail("out", "of shape " + text(sizes(out)), text(shape));
-  if (!out.is_contiguous()) args.fail("out", "not contiguous", "a contiguous tensor");
+  args.check_output(out, ScalarType::Int, with_last(a, product.d.n));
   product.sums_into(out);
 }
 

@@ -110,12 +110,15 @@ template <class Device> struct Args : Checker {
     return n;
   }
   // An `out` tensor: contiguous, of the given type and shape.
-  View output(const Tensor& out, ScalarType dtype, std::span<const int64_t> shape) const {
+  void check_output(const Tensor& out, ScalarType dtype, std::span<const int64_t> shape) const {
     on_device("out", out);
     type("out", out, dtype);
     if (!std::ranges::equal(out.sizes(), shape)) [[unlikely]]
       fail("out", "of shape " + text(out.sizes()), text(shape));
     if (!out.is_contiguous()) fail("out", "not contiguous", "a contiguous tensor");
+  }
+  View output(const Tensor& out, ScalarType dtype, std::span<const int64_t> shape) const {
+    check_output(out, dtype, shape);
     return {out.numel() ? out.mutable_data_ptr() : nullptr, float_type("out", dtype), out.numel()};
   }
   // Packed codes may be stored under any of these; what counts is their bytes.
@@ -132,6 +135,18 @@ template <class Device> struct Args : Checker {
   Tensor map(std::string_view argument, const Tensor& t) const {
     equal(argument, t.numel(), 256, "the values of all codes");
     return floats(argument, t);
+  }
+};
+
+// A bias that lives as long as the call.
+template <class Device> struct Bias {
+  std::optional<Tensor> kept;
+  ConstView view = {};
+  Bias(const Args<Device>& args, const std::optional<Tensor>& bias, int64_t n) {
+    if (!bias) return;
+    kept = args.input("bias", *bias);
+    view = args.values("bias", *kept);
+    args.equal("bias", view.size, n, "n elements");
   }
 };
 
@@ -305,12 +320,9 @@ Tensor gemm_4bit(const Tensor& activations, const Tensor& b, const Sizes& shape_
   d.type = args.quant_type(quant_type);
   d.blocksize = blocksize;
   d.codes = bytes(codes);
-  std::optional<Tensor> kept_bias, kept_8bit, kept_code, kept_offset;  // contiguous copies live as long as the call
-  if (bias) {
-    kept_bias = args.input("bias", *bias);
-    d.bias = args.values("bias", *kept_bias);
-    args.equal("bias", d.bias.size, d.n, "n elements");
-  }
+  const Bias<Device> kept_bias(args, bias, d.n);
+  d.bias = kept_bias.view;
+  std::optional<Tensor> kept_8bit, kept_code, kept_offset;  // contiguous copies live as long as the call
   if (absmax_8bit) {
     if (!absmax_code || !absmax_offset) args.fail("absmax_8bit", "given alone", "absmax_code and absmax_offset beside it");
     args.type("absmax_8bit", *absmax_8bit, ScalarType::Byte);

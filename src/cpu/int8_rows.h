@@ -85,7 +85,7 @@ template <class Isa> class Int8Rows {
     });
   }
 
-  static constexpr int64_t column_step = kAtOnce;
+  static_assert(kAtOnce == kInt8Columns);
   static void quantize_columns(const QuantizeColumnsInt8& d, Range columns) {
     const uint32_t limit = limit_of(d.threshold);
     visit(d.x.dtype, [&](auto t) {

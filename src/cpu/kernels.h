@@ -22,6 +22,8 @@ enum class Stores : uint8_t { cached, streaming };
 // The decision rule of a sorted 256-entry map, made once a call (src/cpu/codebook8.h).
 struct Encoder8;
 
+inline constexpr int64_t kInt8Columns = 64;  // that quantize_columns_int8 takes at once
+
 // A product in two steps: `pack` brings rows of a into the order and type in which `run` wants them (written to scratch of pack_bytes),
 // `run` computes columns [begin, end) of y for all m rows. Columns come in multiples of `column_step`, but for the last.
 template <class D> struct Product {

@@ -48,3 +48,7 @@ void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
 
 }  // namespace bnb::cuda::dev
+
+namespace bnb::cuda {
+constexpr int64_t parts(int64_t n, int64_t part) { return n / part + (n % part != 0); }
+}  // namespace bnb::cuda

@@ -42,8 +42,6 @@ struct Rates {
 Rates rates_of(int arch);
 inline constexpr double kLaunchClocks = 3000;  // a launch that follows another, tables made
 
-constexpr int64_t parts(int64_t n, int64_t part) { return n / part + (n % part != 0); }
-
 // Tensor cores multiply this type on this architecture, and the tensors allow 16-byte accesses: k a multiple of 32, all addresses aligned.
 bool fits_tensor_cores(const Gemm4bit&, const dev::Device&);
 // Every pointer to elements is aligned to its type.

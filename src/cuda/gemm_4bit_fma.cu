@@ -4,6 +4,7 @@
 // A warp makes two columns of y for up to four rows of a. Its lanes take 8 columns of k each, 256 at a time; sums of a lane in fp32, then
 // over lanes in one order. Reads W once for four rows of a; w is what dequantize_4bit gives. About 5 instructions a weight and 1 a product.
 #include "gemm_4bit.cuh"
+#include "span.cuh"
 
 namespace bnb::cuda::gemm4 {
 namespace {
@@ -16,16 +17,7 @@ struct Shared {
 
 template <class T, bool aligned> BNB_DEVICE float element(const T* from, int64_t i) {
   if constexpr (aligned) return dev::to_float(from[i]);
-  T x;
-  auto* bytes = reinterpret_cast<const uint8_t*>(from + i);
-  uint32_t bits = 0;
-  BNB_UNROLL
-  for (unsigned b = 0; b < sizeof(T); ++b) bits |= uint32_t{bytes[b]} << 8 * b;
-  if constexpr (sizeof(T) == 4)
-    x = dev::bits_float(bits);
-  else
-    x.bits = static_cast<uint16_t>(bits);
-  return dev::to_float(x);
+  return value_at<T>(from, i);
 }
 template <class T, bool aligned> BNB_DEVICE void write(T* to, int64_t i, T x) {
   if constexpr (aligned) {
@@ -42,10 +34,7 @@ template <class T, bool aligned> BNB_DEVICE void write(T* to, int64_t i, T x) {
   }
 }
 template <bool aligned> BNB_DEVICE float bias_of(const Result& r, int64_t column) {
-  if (aligned || !r.bias) return bias_at(r, column);
-  if (r.bias_type == DType::f32) return element<float, false>(static_cast<const float*>(r.bias), column);
-  if (r.bias_type == DType::f16) return element<Half, false>(static_cast<const Half*>(r.bias), column);
-  return element<BFloat16, false>(static_cast<const BFloat16*>(r.bias), column);
+  return aligned || !r.bias ? bias_at(r, column) : value_at(r.bias, r.bias_type, column);
 }
 
 // `words`: k is a multiple of 8 and codes are aligned to 4 bytes, so that 8 codes are a word.

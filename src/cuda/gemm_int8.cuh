@@ -8,20 +8,6 @@ namespace bnb::cuda::int8 {
 
 using dev::Bits;
 
-template <class T> BNB_DEVICE float value_at(const void* from, int64_t i) {
-  constexpr int64_t kSize = sizeof(T);
-  const auto raw = load_bytes<Bits<kSize>>(static_cast<const uint8_t*>(from), i * kSize, (i + 1) * kSize);
-  if constexpr (kSize == 4)
-    return dev::bits_float(raw.word[0]);
-  else
-    return dev::to_float(T{raw.word[0]});
-}
-BNB_DEVICE float value_at(const void* from, DType type, int64_t i) {
-  if (type == DType::f32) return value_at<float>(from, i);
-  if (type == DType::f16) return value_at<Half>(from, i);
-  return value_at<BFloat16>(from, i);
-}
-
 // One warp: outliers number first .. first + most - 1 in ascending order to `columns`; gives how many there are in all. A listed column
 // that does not exist becomes -1.
 BNB_DEVICE int find(const Outliers& from, int64_t k, int first, int most, int32_t* columns) {

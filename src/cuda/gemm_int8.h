@@ -16,7 +16,6 @@ struct Outliers {
   int64_t word_count = 0;
   const int64_t* list = nullptr;
   int64_t listed = 0;
-  bool possible() const { return words || listed > 0; }
 };
 
 // Where sums of m x n go, and what they become on the way (Int8Epilogue).
@@ -62,6 +61,5 @@ void quantize_rows(const char* op, const QuantizeInt8&, Stream);
 
 // Rows of a and b can be read by 16 bytes.
 bool rows_aligned(const Product&);
-constexpr int64_t parts(int64_t n, int64_t part) { return n / part + (n % part != 0); }
 
 }  // namespace bnb::cuda::int8

@@ -31,6 +31,21 @@ template <class V> BNB_DEVICE void store_bytes(uint8_t* to, int64_t at, int64_t 
     if (at + i < size) to[at + i] = static_cast<uint8_t>(v.word[i / kWord] >> i % kWord * 8);
 }
 
+// Element i at any address.
+template <class T> BNB_DEVICE float value_at(const void* from, int64_t i) {
+  constexpr int64_t kSize = sizeof(T);
+  const auto raw = load_bytes<dev::Bits<kSize>>(static_cast<const uint8_t*>(from), i * kSize, (i + 1) * kSize);
+  if constexpr (kSize == 4)
+    return dev::bits_float(raw.word[0]);
+  else
+    return dev::to_float(T{raw.word[0]});
+}
+BNB_DEVICE float value_at(const void* from, DType type, int64_t i) {
+  if (type == DType::f32) return value_at<float>(from, i);
+  if (type == DType::f16) return value_at<Half>(from, i);
+  return value_at<BFloat16>(from, i);
+}
+
 // The elements of a unit as floats.
 template <class T> BNB_DEVICE void to_floats(const dev::Bits<16>& raw, float (&x)[kPerUnit<T>]) {
   BNB_UNROLL

@@ -1,15 +1,18 @@
-"""Shared by all Python tests: what is selected, deterministic hypothesis, the names of the instruction sets."""
+"""Shared by all Python tests: what is selected, deterministic hypothesis, names of instruction sets, the real model."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from process import QUANTIZE_ONE, run_python
+
+from bench import real_model
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, database=None)
 hypothesis.settings.register_profile("more", deadline=None, max_examples=2000, database=None)
@@ -61,3 +64,24 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> None:
+    """Without the progress bars of transformers."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module")
+def tok() -> Any:
+    """The tokenizer of the real model."""
+    return real_model.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def ids(tok: Any) -> torch.Tensor:
+    """96 tokens of prose, as two rows."""
+    return tok(real_model.text(), return_tensors="pt").input_ids[0, :96].view(2, 48)

@@ -121,3 +121,16 @@ def assert_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """Norm of the difference over the norm, both in float64."""
     return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def trained(layer: torch.nn.Linear, steps: int) -> float:
+    """Teaches a layer a random linear map; its last loss, over that of answering 0."""
+    x = torch.randn(128, layer.in_features)
+    target = x @ torch.randn(layer.in_features, layer.out_features)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    for _ in range(steps):
+        loss = (layer(x) - target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (loss / target.pow(2).mean()).item()

@@ -19,7 +19,7 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as F
 from bench import real_model
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("quiet")]
 
 STORAGES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
 CONFIGS = [
@@ -27,25 +27,6 @@ CONFIGS = [
 ]
 # exp of the mean loss over two windows of 256 tokens of real_model.text(), as the released package 0.50.2 gives it.
 RELEASED_PERPLEXITY = {"bf16": 19.27, "nf4": 24.84, "fp4": 27.24}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-@pytest.fixture(scope="module")
-def tok() -> Any:
-    return real_model.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def ids(tok: Any) -> torch.Tensor:
-    """96 tokens of prose, as two rows."""
-    return tok(real_model.text(), return_tensors="pt").input_ids[0, :96].view(2, 48)
 
 
 def load(path: Path | None = None, quant_type: str = "nf4", nested: bool = True, storage: str = "uint8") -> Any:

@@ -19,30 +19,11 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as F
 from bench import real_model
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("quiet")]
 
 # exp of the mean loss over two windows of 256 tokens of real_model.text(), as the released package 0.50.2 gives it.
 RELEASED_PERPLEXITY = {"int8": 19.783, "int8-4": 19.557, "int8-0": 20.086}
 THRESHOLDS = {"int8": 6.0, "int8-4": 4.0, "int8-0": 0.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-@pytest.fixture(scope="module")
-def tok() -> Any:
-    return real_model.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def ids(tok: Any) -> torch.Tensor:
-    """96 tokens of prose, as two rows."""
-    return tok(real_model.text(), return_tensors="pt").input_ids[0, :96].view(2, 48)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import _checks as check
-from .._ops_int8 import check_threshold
+from .._ops_int8 import as_rows, check_threshold
 from ..functional.blockwise import fill, scales
 from ..functional.deprecated import warn_once
 from ..functional.fourbit import gemm_4bit
@@ -169,10 +169,6 @@ def int8_weight(op: str, B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tenso
     return CB, state.SCB
 
 
-def _rows(A: Tensor) -> Tensor:
-    return A.reshape(A.shape[:-1].numel(), A.shape[-1])
-
-
 def _dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
     return _ops.int8_vectorwise_dequant.default(CB, SCB).to(dtype)
 
@@ -195,12 +191,12 @@ class _Int8Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
         (grad,) = grads
         (A,), (CB, SCB) = ctx.saved_tensors, ctx.weight
-        rows = _rows(grad)
+        rows = as_rows(grad)
         grad_A = grad_B = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_A = torch.matmul(grad, _dequantized(CB, SCB, grad.dtype)).to(ctx.A_dtype)
         if ctx.needs_input_grad[1]:
-            grad_B = (rows.t() @ _rows(A)).to(ctx.B_dtype)
+            grad_B = (rows.t() @ as_rows(A)).to(ctx.B_dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         return grad_A, grad_B, None, grad_bias, None

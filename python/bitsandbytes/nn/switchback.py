@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops_int8 import as_rows
+
 _ops = torch.ops.bitsandbytes
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _quantize_weight(weight: Tensor, by_vector: bool) -> tuple[Tensor, Tensor]:
@@ -49,9 +47,9 @@ class _SwitchBack(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if x_scale:
                 x = _ops.int8_vectorwise_dequant.default(x, *x_scale).to(ctx.x_dtype)
-            grad_weight = (_rows(grad).t() @ _rows(x)).to(weight.dtype)
+            grad_weight = (as_rows(grad).t() @ as_rows(x)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = _rows(grad).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = as_rows(grad).sum(0, dtype=ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -111,8 +109,8 @@ class _Standard(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             torch.matmul(grad, weight) if needs_x else None,
-            _rows(grad).t() @ _rows(x) if needs_weight else None,
-            _rows(grad).sum(0, dtype=bias.dtype) if needs_bias else None,
+            as_rows(grad).t() @ as_rows(x) if needs_weight else None,
+            as_rows(grad).sum(0, dtype=bias.dtype) if needs_bias else None,
         )
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from ... import _checks as check
 from ..._ops import register_kernel
 from ..._ops_int8 import (
+    as_rows,
     check_dequant,
     check_epilogue,
     check_linear,
@@ -18,11 +19,6 @@ from ..._ops_int8 import (
 _ops = torch.ops.bitsandbytes
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _EXACT = 1024  # products of two codes whose sum a float holds exactly: 1024 * 128 * 128 = 2^24
-
-
-def _matrix(A: Tensor) -> Tensor:
-    """A [..., K] as a matrix; also where K is 0 and reshape cannot tell the number of rows."""
-    return A.reshape(A.shape[:-1].numel(), A.shape[-1])
 
 
 def _outliers(x: Tensor, threshold: float) -> Tensor | None:
@@ -82,7 +78,7 @@ def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype, like: Tensor) ->
 @register_kernel("bitsandbytes::int8_vectorwise_quant", "default")
 def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     check_quant("int8_vectorwise_quant", A, threshold)
-    x = _matrix(A).float()
+    x = as_rows(A).float()
     codes, scale, columns = _quantize_rows(x, _outliers(x, threshold))
     return codes.view(A.shape), scale, columns
 
@@ -90,7 +86,7 @@ def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]
 @register_kernel("bitsandbytes::int8_double_quant", "default")
 def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     check_quant("int8_double_quant", A, threshold)
-    x = _matrix(A).float()
+    x = as_rows(A).float()
     outliers = _outliers(x, threshold)
     codes, row_scale, columns = _quantize_rows(x, outliers)
     codes_by_column, column_scale = _quantize(x, outliers, 0)
@@ -100,13 +96,13 @@ def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor
 @register_kernel("bitsandbytes::int8_vectorwise_dequant", "default")
 def _(A: Tensor, stats: Tensor) -> Tensor:
     check_dequant(A, stats)
-    return (_matrix(A).float() * stats.view(-1, 1) * (1 / 127)).view(A.shape)
+    return (as_rows(A).float() * stats.view(-1, 1) * (1 / 127)).view(A.shape)
 
 
 @register_kernel("bitsandbytes::int8_linear_matmul", "default")
 def _(A: Tensor, B: Tensor) -> Tensor:
     check_matmul("int8_linear_matmul", A, B)
-    return _sums(_matrix(A), B).view(*A.shape[:-1], B.shape[0])
+    return _sums(as_rows(A), B).view(*A.shape[:-1], B.shape[0])
 
 
 @register_kernel("bitsandbytes::int8_linear_matmul.out", "default")
@@ -121,7 +117,7 @@ def _(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
 ) -> Tensor:
     dtype = check_mm_dequant(A, row_stats, col_stats, dtype, bias)
-    return _finish(_dequantize_sums(_matrix(A), row_stats, col_stats), bias, dtype, A)
+    return _finish(_dequantize_sums(as_rows(A), row_stats, col_stats), bias, dtype, A)
 
 
 @register_kernel("bitsandbytes::int8_scaled_mm", "default")
@@ -135,7 +131,7 @@ def _(
 ) -> Tensor:
     check_matmul("int8_scaled_mm", A, B)
     dtype = check_epilogue("int8_scaled_mm", A, B.shape[0], row_stats, col_stats, dtype, bias)
-    return _finish(_dequantize_sums(_sums(_matrix(A), B), row_stats, col_stats), bias, dtype, A)
+    return _finish(_dequantize_sums(_sums(as_rows(A), B), row_stats, col_stats), bias, dtype, A)
 
 
 @register_kernel("bitsandbytes::int8_mixed_scaled_mm", "default")
@@ -149,14 +145,14 @@ def _(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     check_mixed(A, CA, CB, SCA, SCB, outlier_cols, bias)
-    y = _dequantize_sums(_sums(_matrix(CA), CB), SCA, SCB) + _outlier_product(_matrix(A), CB, SCB, outlier_cols)
+    y = _dequantize_sums(_sums(as_rows(CA), CB), SCA, SCB) + _outlier_product(as_rows(A), CB, SCB, outlier_cols)
     return _finish(y, bias, A.dtype, A), None if outlier_cols is None else A[..., outlier_cols].contiguous()
 
 
 @register_kernel("bitsandbytes::int8_linear", "default")
 def _(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, threshold: float = 0.0) -> Tensor:
     check_linear(A, CB, SCB, bias, threshold)
-    x = _matrix(A).float()
+    x = as_rows(A).float()
     codes, scale, columns = _quantize_rows(x, _outliers(x, threshold))
     y = _dequantize_sums(_sums(codes, CB), scale, SCB) + _outlier_product(x, CB, SCB, columns)
     return _finish(y, bias, A.dtype, A)

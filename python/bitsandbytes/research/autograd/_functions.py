@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ... import _checks as check
 from ... import functional as F
+from ..._ops_int8 import as_rows
 from ...autograd._functions import MatmulLtState, matmul
 from ...backends.utils import nearest_codes
 from ...functional.blockwise import fill
@@ -36,10 +37,6 @@ def _whole(x: Tensor, code: Tensor) -> Tensor:
     return (code[codes.int()] * scale).to(x.dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
 class _Fp8(torch.autograd.Function):
     """y = A @ B with A and B rounded to fw_code, and grad_A = grad @ B^T with grad rounded to bw_code.
 
@@ -66,7 +63,7 @@ class _Fp8(torch.autograd.Function):
             grad_A = torch.matmul(rounded, _whole(B, fw_code).t()).to(A.dtype)
         if ctx.needs_input_grad[1]:
             a, g = (A, grad) if ctx.mixed else (_whole(A, fw_code), rounded)
-            grad_B = (_rows(a).t() @ _rows(g)).to(B.dtype)
+            grad_B = (as_rows(a).t() @ as_rows(g)).to(B.dtype)
         return grad_A, grad_B, None, None, None, None, None
 
 
