@@ -3,6 +3,7 @@
 
 #include <bnb/gemm.h>
 #include <bnb/int8.h>
+#include <bnb/optim.h>
 #include <bnb/quantize.h>
 
 #include "check.h"
@@ -143,6 +144,54 @@ inline Checker check_arguments(const LinearInt8& d) {
   check_bias(check, d.bias, d.n);
   check.view("out", d.out);
   check.equal("out", d.out.size, d.m * d.n, "m * n");
+  return check;
+}
+
+inline void check_arguments(const Checker& check, const OptimizerConfig& c) {
+  const int rule = static_cast<int>(c.rule);
+  check.that(rule >= 0 && rule < kOptimizers, "rule", rule, "adam, lamb, ademamix, lion, momentum, lars, rmsprop or adagrad");
+  const auto number = [&](std::string_view argument, double x, bool negative) {
+    check.that(x - x == 0 && (negative || x >= 0), argument, x, negative ? "a finite number" : "a finite number of 0 or more");
+  };
+  number("lr", c.lr, false), number("eps", c.eps, false), number("weight_decay", c.weight_decay, false);
+  number("max_unorm", c.max_unorm, false), number("alpha", c.alpha, true), number("dampening", c.dampening, true);
+  const bool corrected = has_second_state(c.rule) && c.bias_correction;
+  const auto beta = [&](std::string_view argument, double x) {
+    check.that(x >= 0 && (corrected ? x < 1 : x <= 1), argument, x, corrected ? "a number from 0 to below 1" : "a number from 0 to 1");
+  };
+  beta("beta1", c.beta1);
+  if (has_second_state(c.rule) || c.rule == Optimizer::lion) beta("beta2", c.beta2);
+  if (c.rule == Optimizer::ademamix) check.that(c.beta3 >= 0 && c.beta3 <= 1, "beta3", c.beta3, "a number from 0 to 1");
+  check.that(c.t_alpha >= 0, "t_alpha", c.t_alpha, "0 or more steps");
+  check.that(c.t_beta3 >= 0, "t_beta3", c.t_beta3, "0 or more steps");
+}
+
+inline Checker check_arguments(const OptimizerStep& s) {
+  const Checker check("optimizer_step");
+  check_arguments(check, s.config);
+  const bool two = has_second_state(s.config.rule);
+  bool codes = false;
+  for (const OptimizerTensor& t : s.tensors) {
+    check.view("p", t.p);
+    check.view("g", t.g);
+    check.equal("g", t.g.size, t.p.size, "as many as p");
+    check.that(t.step >= 1, "step", t.step, "1 or more");
+    check.that(t.gnorm_scale - t.gnorm_scale == 0, "gnorm_scale", t.gnorm_scale, "a finite number");
+    if (t.p_norm) check.that(*t.p_norm >= 0, "p_norm", *t.p_norm, "a number of 0 or more");
+    const int64_t first = check.product("elements of state1", first_states(s.config.rule), t.p.size);
+    if (!t.has_codes()) {
+      check.size("state1", t.state1, first);
+      if (two) check.size("state2", t.state2, t.p.size);
+      continue;
+    }
+    codes = true;
+    const int64_t blocks = blocks_of(t.p.size, kOptimizerBlock);
+    check.size("codes1", t.codes1, first);
+    check.size("absmax1", t.absmax1, first_states(s.config.rule) * blocks);
+    if (two) check.size("codes2", t.codes2, t.p.size), check.size("absmax2", t.absmax2, blocks);
+  }
+  if (codes) check.size("code1", s.code1, 256);
+  if (codes && two) check.size("code2", s.code2, 256);
   return check;
 }
 

@@ -6,6 +6,7 @@
 
 #include <bnb/optim.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -30,6 +31,7 @@ template <class M> struct Rules {
   BNB_INLINE static constexpr F32 second_moment(F32 v, float beta, F32 g, float gain, const Hyper& h) {
     return M::min(average(v, beta, M::mul(g, g), gain), M::set1(h.largest));
   }
+  BNB_INLINE static constexpr F32 saturated(F32 s, const Hyper& h) { return M::max(M::min(s, M::set1(h.largest)), M::set1(-h.largest)); }
   BNB_INLINE static constexpr F32 over_root(F32 x, F32 v, const Hyper& h) {
     return M::div(M::mul(x, M::set1(h.scale)), M::add(M::sqrt(v), M::set1(h.eps)));
   }
@@ -70,7 +72,7 @@ struct Lion {
 struct Momentum {
   static constexpr int states = 1, second_moment = -1;
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[1], const Hyper& h) {
-    s[0] = Rules<M>::average(s[0], h.beta1, g, h.gain1);
+    s[0] = Rules<M>::saturated(Rules<M>::average(s[0], h.beta1, g, h.gain1), h);
     return h.nesterov ? M::fma(s[0], M::set1(h.beta2), g) : s[0];
   }
 };
@@ -100,7 +102,7 @@ template <class F> constexpr decltype(auto) visit(Optimizer o, F&& f) {
   }
 }
 
-// x^n by squaring: the same bits wherever double is IEEE.
+// x^n by squaring: the same bits wherever double is IEEE, on the CPU and in a kernel.
 constexpr double power(double x, int64_t n) {
   double result = 1;
   for (; n > 0; n /= 2, x *= x)
@@ -108,12 +110,29 @@ constexpr double power(double x, int64_t n) {
   return result;
 }
 
+// e^x for x <= 0 and the natural logarithm for x > 0 to about 1e-14, likewise.
+constexpr double exponential(double x) {
+  constexpr int kParts = 1024;
+  double sum = 1;
+  for (int i = 12; i > 0; --i) sum = 1 + sum * (x / kParts) / i;
+  return power(sum, kParts);
+}
+constexpr double logarithm(double x) {
+  int octaves = 0;
+  for (; x < 0.75; x *= 2) --octaves;
+  for (; x > 1.5; x /= 2) ++octaves;
+  const double z = (x - 1) / (x + 1);
+  double sum = 0;
+  for (int i = 33; i > 0; i -= 2) sum = 1.0 / i + sum * (z * z);
+  return 2 * z * sum + octaves * 0.693147180559945309417;
+}
+
 constexpr bool decoupled(const OptimizerConfig& c) {
   using enum Optimizer;
   return !c.coupled_decay && (c.rule == adam || c.rule == lamb || c.rule == ademamix || c.rule == lion);
 }
 
-inline Hyper hyper_at(const OptimizerConfig& c, int64_t step, float gnorm_scale) {
+BNB_INLINE constexpr Hyper hyper_at(const OptimizerConfig& c, int64_t step, float gnorm_scale) {
   using enum Optimizer;
   const auto f = [](double x) { return static_cast<float>(x); };
   double beta1 = c.beta1, gain1 = 1 - c.beta1, beta3 = c.beta3, alpha = c.alpha, scale = 1, eps = c.eps;
@@ -131,9 +150,9 @@ inline Hyper hyper_at(const OptimizerConfig& c, int64_t step, float gnorm_scale)
   if (c.rule == ademamix) {
     const double t = static_cast<double>(step);
     if (c.t_alpha > 0) alpha *= std::min(1.0, t / static_cast<double>(c.t_alpha));
-    if (c.t_beta3 > 0 && step < c.t_beta3) {  // the half-life grows linearly from that of beta1
-      const double part = t / static_cast<double>(c.t_beta3), from = std::log(c.beta1), to = std::log(c.beta3);
-      beta3 = std::min(c.beta3, std::exp(from * to / ((1 - part) * to + part * from)));
+    if (c.t_beta3 > 0 && step < c.t_beta3 && c.beta3 > 0) {  // the half-life grows linearly from that of beta1
+      const double part = t / static_cast<double>(c.t_beta3), to = logarithm(c.beta3), ratio = c.beta1 > 0 ? to / logarithm(c.beta1) : 0;
+      beta3 = std::min(c.beta3, exponential(to / ((1 - part) * ratio + part)));
     }
   }
   const bool apart = decoupled(c);
@@ -156,7 +175,7 @@ inline Hyper hyper_at(const OptimizerConfig& c, int64_t step, float gnorm_scale)
 }
 
 // How much of u is taken.
-inline float trust_ratio(double max_unorm, double p_norm, double u_norm) {
+constexpr float trust_ratio(double max_unorm, double p_norm, double u_norm) {
   return p_norm > 0 && u_norm > max_unorm * p_norm ? static_cast<float>(max_unorm * p_norm / u_norm) : 1.0f;
 }
 

@@ -6,6 +6,7 @@
 #include <bnb/error.h>
 #include <bnb/gemm.h>
 #include <bnb/int8.h>
+#include <bnb/optim.h>
 #include <bnb/parallel.h>
 #include <bnb/quantize.h>
 #include <bnb/types.h>

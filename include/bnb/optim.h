@@ -17,9 +17,10 @@
 //
 // trust is min(1, max_unorm * |p| / |u|) over the whole tensor where max_unorm > 0 (any rule may have it) and |p| > 0, else 1.
 //
-// Elements whose g is not finite are passed over: parameter and states stay; so are zeros of g with skip_zeros. Second moments saturate at
-// the largest float. 8-bit states: value[code] * absmax, requantized to the nearest code after each step; a first moment below 0 never
-// becomes the code of 0. Bytes do not depend on the number of threads, on the instruction set or on the tensors of the call.
+// Elements whose g is not finite are passed over: parameter and states stay; so are zeros of g with skip_zeros. Second moments and
+// momentum saturate at the largest float. 8-bit states: value[code] * absmax, requantized to the nearest code after each step; a first
+// moment below 0 never becomes the code of 0. Bytes do not depend on the number of threads, on the instruction set or on the tensors of the
+// call.
 #pragma once
 
 #include <bnb/types.h>
@@ -65,6 +66,8 @@ struct OptimizerTensor {
   int64_t offset = 0;                // place of element 0 in the whole parameter, where this is a part of one
   std::optional<float> p_norm = {};  // |p|, where it is not that of this tensor
   float* u_norm = nullptr;           // gets |u|, if max_unorm > 0
+
+  bool has_codes() const { return !codes1.empty(); }
 };
 
 struct OptimizerStep {

@@ -43,7 +43,7 @@ template <class T, class... Ts> inline constexpr bool is_one_of = (std::is_same_
 
 template <class T> T unbox(StableIValue value) {
   static_assert(is_one_of<T, int64_t, double, bool, ScalarType, Tensor, Str, std::optional<Tensor>, std::optional<ScalarType>,
-                          std::vector<int64_t>, std::vector<double>>,
+                          std::optional<int64_t>, std::vector<int64_t>, std::vector<double>, std::vector<Tensor>>,
                 "a type that a boxed kernel can take");
   if constexpr (std::is_same_v<T, Str>)
     return Str(torch::stable::detail::to<StringHandle>(value));

@@ -4,6 +4,7 @@
 
 #include "int8.h"
 #include "ops.h"
+#include "optim.h"
 
 namespace bnb::torch_ops {
 namespace {
@@ -53,6 +54,16 @@ struct Cpu {
   void dequantize_sums(const DequantizeSums& d) const { bnb::dequantize_sums(d); }
   void gemm_int8(const GemmInt8& d) const { bnb::gemm_int8(d); }
   void linear_int8(const LinearInt8& d, auto&&) const { bnb::linear_int8(d); }
+  void optimizer_step(OptimizerStep s, int64_t* clock, auto&&) const {
+    std::vector<OptimizerTensor> later;
+    if (clock) {
+      later.assign(s.tensors.begin(), s.tensors.end());
+      for (auto& t : later) t.step += *clock;
+      s.tensors = later;
+    }
+    bnb::optimizer_step(s);
+    if (clock) ++*clock;
+  }
   void gather_columns(const GemmInt8& d, void* to) const {
     const auto size = static_cast<size_t>(size_of(d.x.dtype));
     auto* at = static_cast<std::byte*>(to);
@@ -68,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) {
   set_parallel_for(torch_parallel);
   register_kernels<Cpu>(m);
   register_int8<Cpu>(m);
+  register_optimizers<Cpu>(m);
 }
 
 }  // namespace

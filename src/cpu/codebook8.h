@@ -43,6 +43,11 @@ struct Encoder8 {
   }
 };
 
+// The code of a number below 0: the one below c, where c's value would lose the sign.
+BNB_INLINE constexpr uint8_t below_zero(const float* value, uint8_t c) {
+  return c > 0 && value[c] >= 0 && value[c - 1] < 0 ? static_cast<uint8_t>(c - 1) : c;
+}
+
 // The encoder of a map (256 ascending values) for about n elements. The last few are kept; any thread may call.
 std::shared_ptr<const Encoder8> encoder_for(std::span<const float> code, int64_t n);
 

@@ -4,11 +4,14 @@
 
 #include <bnb/gemm.h>
 #include <bnb/int8.h>
+#include <bnb/optim.h>
 #include <bnb/quantize.h>
 
 #include <cstdint>
 #include <span>
 #include <string_view>
+
+#include "../optim_rules.h"
 
 namespace bnb::cpu {
 
@@ -34,6 +37,17 @@ template <class D> struct Product {
   void (*run)(const D&, const void* packed, Range columns);
 };
 
+// One tensor's step. Units of work are its blocks of kOptimizerBlock elements.
+struct OptimizerTask {
+  const OptimizerTensor* tensor;
+  Optimizer rule;
+  Hyper hyper;
+  float rate;                           // -lr * trust
+  const Encoder8 *encoder1, *encoder2;  // of 8-bit states, else null
+  const float *code1, *code2;           // their maps
+  std::optional<uint64_t> seed;
+};
+
 struct Kernels {
   std::string_view isa;
   void (*quantize_4bit)(const Quantize4bit&, Range blocks);
@@ -48,6 +62,10 @@ struct Kernels {
   void (*dequantize_int8)(const DequantizeInt8&, Range rows);
   void (*dequantize_sums)(const DequantizeSums&, Range rows);
   Product<GemmInt8> gemm_int8;
+
+  void (*optimizer_step)(const OptimizerTask&, Range blocks);
+  // Adds |p|^2 and |u|^2; nothing else changes.
+  void (*optimizer_norms)(const OptimizerTask&, Range blocks, double (&sums)[2]);
 };
 
 extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon;

@@ -6,6 +6,7 @@
 #include "gemm8.h"
 #include "int8_rows.h"
 #include "kernels.h"
+#include "optim.h"
 #include "quantize.h"
 
 namespace bnb::cpu {
@@ -26,7 +27,9 @@ template <class Isa> consteval Kernels make_kernels() {
           .quantize_columns_int8 = Int8Rows<Isa>::quantize_columns,
           .dequantize_int8 = Int8Rows<Isa>::dequantize,
           .dequantize_sums = dequantize_sums<Isa>,
-          .gemm_int8 = make_product<GemmInt8, Gemm8<Isa>>()};
+          .gemm_int8 = make_product<GemmInt8, Gemm8<Isa>>(),
+          .optimizer_step = Optimize<Isa>::step,
+          .optimizer_norms = Optimize<Isa>::norms};
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ template <class Isa, class Format> struct Encode4 {
 // By the table of the map: t in vectors, the table one element at a time (a gather is no faster).
 template <class Isa> struct EncodeTable {
   static constexpr int per_byte = 1;
+  static constexpr bool keeps_sign = false;
   const Encoder8& encoder;
   template <class T> BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const {
     alignas(64) float t[kChunk];
@@ -40,10 +41,12 @@ template <class Isa> struct EncodeTable {
   template <class T> BNB_INLINE void any(const T* x, int64_t n, float inv, uint8_t* codes) const { finite(x, n, inv, codes); }
 };
 
-template <class Isa, bool is_signed> struct EncodeDynamic {
+// keeps_sign: x < 0 never takes the code of 0.
+template <class Isa, bool is_signed, bool keep_sign = false> struct EncodeDynamic {
   static constexpr int per_byte = 1;
+  static constexpr bool keeps_sign = keep_sign;
   const Encoder8& encoder;
-  typename Isa::template EncodeDynamic<is_signed> fast;
+  typename Isa::template EncodeDynamic<is_signed, keep_sign> fast;
   explicit EncodeDynamic(const Encoder8& e) : encoder(e), fast(*e.dynamic) {}
   template <class T> BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const { fast(encoder, x, n, inv, codes); }
   template <class T> void any(const T* x, int64_t n, float inv, uint8_t* codes) const {

@@ -194,7 +194,7 @@ struct Avx512 {
   };
 
   // Codes to |values| of a map of 7 decades; see Dynamic8.
-  template <bool is_signed> struct EncodeDynamic {
+  template <bool is_signed, bool keep_sign> struct EncodeDynamic {
     I32 step0, step1;
     F32 slope, icept, top;
     uint32_t unsure;
@@ -215,7 +215,9 @@ struct Avx512 {
     template <int V, class T> BNB_INLINE void vectors(const Encoder8& encoder, const T* x, float inv, uint8_t* codes) const {
       I32 y[V], h[V], sign[V];
       for (int j = 0; j < V; ++j) {
-        const I32 t = bits(mul(load(x + 16 * j), set1(inv)));
+        // With keep_sign the sign is to say x < 0: that of -0.0 goes.
+        const F32 v = load(x + 16 * j);
+        const I32 t = bits(keep_sign ? fma(v, set1(inv), zero()) : mul(v, set1(inv)));
         const I32 magnitude = is_signed ? _mm512_and_si512(t, word(0x7fffffff)) : t;
         const I32 key = _mm512_max_epi32(magnitude, word(96u << 23));  // also lifts what is negative (unsigned map)
         const I32 exponent = _mm512_srli_epi32(key, 23);
@@ -231,7 +233,8 @@ struct Avx512 {
       if constexpr (is_signed) {
         const I32 zero_code = _mm512_set1_epi8(127);
         const __mmask64 negative = _mm512_test_epi8_mask(interleave(sign), _mm512_set1_epi8(1));
-        c = _mm512_mask_sub_epi8(_mm512_add_epi8(zero_code, c), negative, zero_code, _mm512_min_epu8(c, zero_code));
+        const I32 least = keep_sign ? _mm512_max_epu8(c, _mm512_set1_epi8(1)) : c;
+        c = _mm512_mask_sub_epi8(_mm512_add_epi8(zero_code, c), negative, zero_code, _mm512_min_epu8(least, zero_code));
       }
       const I32 near = _mm512_shuffle_epi8(c, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
       const I32 places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -249,6 +252,7 @@ struct Avx512 {
           for (uint32_t close = _mm512_mask_cmplt_epu16_mask(0x55555555, y[j], limit); close; close &= close - 1) {
             const int i = 16 * j + __builtin_ctz(close) / 2;
             codes[i] = encoder(read(x + i) * inv);
+            if (keep_sign && codes[i] == 127 && read(x + i) < 0) codes[i] = 126;
           }
     }
   };
@@ -291,6 +295,15 @@ struct Avx512 {
 
 struct Avx512Bf16 : Avx512 {
   static constexpr std::string_view name = "avx512bf16";
+
+  // By the conversion instruction, but for subnormals, which it takes for zero.
+  using Avx512::store;
+  BNB_INLINE static void store(BFloat16* p, F32 x) {
+    constexpr int kSubnormal = 0x20;
+    if (_mm512_fpclass_ps_mask(x, kSubnormal)) [[unlikely]]
+      return Avx512::store(p, x);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  }
 
   // The four bytes of each value in tables of their own, in registers: a gather takes several times as long on some machines.
   template <class T, bool stream> struct Decode8 {

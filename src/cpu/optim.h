@@ -1,0 +1,297 @@
+// One step of an optimizer over blocks of 256 elements of one tensor, the rule from src/optim_rules.h.
+//
+// 32-bit state: reads and writes p and the states, reads g: 2 sizeof(P) + sizeof(G) + 8 states bytes an element, bound by memory.
+// 8-bit state: codes to fp32, the rule, the new absmax, codes again, in one pass; 2 sizeof(P) + sizeof(G) + 2 states bytes, bound by
+// arithmetic. A block is decoded and stepped while the one before it, whose absmax is known by then, is encoded.
+#pragma once
+
+#include "../optim_rules.h"
+#include "../stochastic.h"
+#include "dequantize.h"
+#include "kernels.h"
+#include "quantize.h"
+#include "simd/optim_ops.h"
+
+namespace bnb::cpu {
+namespace {
+
+template <class Isa> struct Optimize {
+  using M = OptimMath<Isa>;
+  using F32 = typename M::F32;
+  static constexpr int kBlock = kOptimizerBlock, kPart = 64;
+
+  static int64_t size_of_block(const OptimizerTensor& t, int64_t b) {
+    const int64_t left = t.p.size - b * kBlock;
+    return left < kBlock ? left : kBlock;
+  }
+
+  // p and g of one block in fp32: where they lie, or copied and widened. Behind n there are zeros.
+  class Elements {
+   public:
+    void open(const OptimizerTask& task, int64_t b) {
+      const OptimizerTensor& t = *task.tensor;
+      n_ = size_of_block(t, b), at_ = b * kBlock;
+      p_ = t.p.dtype == DType::f32 && n_ == kBlock ? static_cast<float*>(t.p.data) + at_ : widened(t.p, p_copy_);
+      g_ = t.g.dtype == DType::f32 && n_ == kBlock ? static_cast<const float*>(t.g.data) + at_ : widened(t.g, g_copy_);
+    }
+    void close(const OptimizerTask& task) const {
+      if (p_ != p_copy_) return;
+      const OptimizerTensor& t = *task.tensor;
+      visit(t.p.dtype, [&]<class T>(T) {
+        T* to = static_cast<T*>(t.p.data) + at_;
+        if constexpr (sizeof(T) == 2)
+          if (task.seed) return round_stochastically(p_, to, n_, *task.seed, t.offset + at_, t.step);
+        int i = 0;
+        for (; i + Isa::lanes <= n_; i += Isa::lanes) Isa::store(to + i, Isa::load(p_ + i));
+        for (; i < n_; ++i) write(to + i, rounded<T>(p_[i]));
+      });
+    }
+    float* p() const { return p_; }
+    const float* g() const { return g_; }
+    int size() const { return static_cast<int>(n_); }
+
+   private:
+    template <class T> static void round_stochastically(const float* from, T* to, int64_t n, uint64_t seed, int64_t place, int64_t step) {
+      Random4 random = {};
+      for (int64_t i = 0; i < n; ++i, ++place) {
+        if (i == 0 || place % 4 == 0) random = random_of(seed, place / 4, step);
+        write(to + i, stochastically_rounded<T>(from[i], random.word[place % 4]));
+      }
+    }
+    float* widened(const ConstView& from, float* to) const {
+      visit(from.dtype, [&]<class T>(T) {
+        const T* x = static_cast<const T*>(from.data) + at_;
+        int i = 0;
+        for (; i + Isa::lanes <= n_; i += Isa::lanes) Isa::store(to + i, Isa::load(x + i));
+        for (; i < n_; ++i) to[i] = read(x + i);
+      });
+      for (int64_t i = n_; i < kBlock; ++i) to[i] = 0;
+      return to;
+    }
+    alignas(64) float p_copy_[kBlock];
+    alignas(64) float g_copy_[kBlock];
+    int64_t n_ = 0, at_ = 0;
+    float* p_ = nullptr;
+    const float* g_ = nullptr;
+  };
+
+  // The rule on elements [i, i + lanes): moves the states at s[k] + i, gives u, and which elements take part.
+  template <class Rule> struct Moved {
+    F32 p, u, s[Rule::states];
+    typename M::Mask takes_part;
+    BNB_INLINE Moved(const float* p_at, const float* g_at, float* const* s_at, int i, const Hyper& h) : p(M::load(p_at + i)) {
+      const F32 raw = M::mul(M::load(g_at + i), M::set1(h.gnorm_scale)), g = M::fma(p, M::set1(h.coupled), raw);
+      takes_part = M::finite(g);
+      if (h.skip_zeros) takes_part = M::nonzero(takes_part, raw);
+      F32 before[Rule::states];
+      for (int k = 0; k < Rule::states; ++k) before[k] = s[k] = M::load(s_at[k] + i);
+      u = Rule::template direction<M>(g, s, h);
+      for (int k = 0; k < Rule::states; ++k) s[k] = M::select(takes_part, s[k], before[k]);
+    }
+    // rate: -lr * trust
+    BNB_INLINE F32 stepped(const Hyper& h, float rate) const {
+      return M::select(takes_part, M::fma(u, M::set1(rate), M::mul(p, M::set1(h.keep))), p);
+    }
+  };
+
+  // One block's states in fp32 where they lie; of a last, shorter one copies with zeros behind them.
+  template <class Rule> class States32 {
+   public:
+    void open(const OptimizerTensor& t, int64_t b, int n) {
+      for (int k = 0; k < Rule::states; ++k) {
+        own_[k] = (k == Rule::second_moment ? t.state2.data() : t.state1.data() + k * t.p.size) + b * kBlock;
+        at[k] = own_[k];
+        if (n == kBlock) continue;
+        at[k] = copy_[k];
+        __builtin_memset(copy_[k], 0, sizeof copy_[k]);
+        __builtin_memcpy(copy_[k], own_[k], static_cast<size_t>(n) * sizeof(float));
+      }
+    }
+    void close(int n) const {
+      for (int k = 0; k < Rule::states; ++k)
+        if (at[k] != own_[k]) __builtin_memcpy(own_[k], at[k], static_cast<size_t>(n) * sizeof(float));
+    }
+    float* at[Rule::states];
+
+   private:
+    float* own_[Rule::states];
+    alignas(64) float copy_[Rule::states][kBlock];
+  };
+
+  template <class Rule> static void step32(const OptimizerTask& task, Range blocks) {
+    const Hyper h = task.hyper;
+    const float rate = task.rate;
+    Elements e;
+    States32<Rule> s;
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      e.open(task, b);
+      s.open(*task.tensor, b, e.size());
+      float *p = e.p(), *at[Rule::states];
+      const float* g = e.g();
+      for (int k = 0; k < Rule::states; ++k) at[k] = s.at[k];
+      for (int i = 0; i < kBlock; i += Isa::lanes) {
+        const Moved<Rule> x(p, g, at, i, h);
+        Isa::store(p + i, x.stepped(h, rate));
+        for (int k = 0; k < Rule::states; ++k) Isa::store(at[k] + i, x.s[k]);
+      }
+      e.close(task);
+      s.close(e.size());
+    }
+  }
+
+  // One state in codes. Encode: EncodeDynamic or EncodeTable of quantize.h.
+  template <class Encode, bool keep_sign> struct Coder {
+    typename Isa::template Decode8<float, false> decode;
+    Encode encode;
+    const float* value;
+    Coder(const Encoder8& encoder, const float* code) : decode{code}, encode{encoder}, value(code) {}
+    BNB_INLINE void operator()(const float* x, float inv, uint8_t* codes) const {
+      encode.finite(x, kPart, inv, codes);
+      if constexpr (keep_sign && !Encode::keeps_sign)
+        for (int i = 0; i < kPart; ++i)
+          if (x[i] < 0) codes[i] = below_zero(value, codes[i]);
+    }
+  };
+
+  // One block of states in fp32, made from codes and made codes again. The block may be a copy, as in States32.
+  template <class Rule> struct States8 {
+    alignas(64) float value[Rule::states][kBlock];
+    uint8_t* codes[Rule::states];
+    float* absmax[Rule::states];
+    float inv[Rule::states];
+    alignas(64) uint8_t copy[Rule::states][kBlock];
+
+    void open(const OptimizerTensor& t, int64_t b, int n) {
+      const int64_t all = (t.p.size + kBlock - 1) / kBlock;
+      for (int k = 0; k < Rule::states; ++k) {
+        const bool second = k == Rule::second_moment;
+        codes[k] = (second ? t.codes2.data() : t.codes1.data() + k * t.p.size) + b * kBlock;
+        absmax[k] = (second ? t.absmax2.data() : t.absmax1.data() + k * all) + b;
+        if (n == kBlock) continue;
+        __builtin_memset(copy[k], 0, kBlock);
+        __builtin_memcpy(copy[k], codes[k], static_cast<size_t>(n));
+      }
+    }
+    BNB_INLINE uint8_t* at(int k, int n) { return n == kBlock ? codes[k] : copy[k]; }
+    void close(int n) const {
+      if (n == kBlock) return;
+      for (int k = 0; k < Rule::states; ++k) __builtin_memcpy(codes[k], copy[k], static_cast<size_t>(n));
+    }
+  };
+
+  template <class Rule, class First, class Second> static void step8(const OptimizerTask& task, Range blocks) {
+    const Coder<First, true> first(*task.encoder1, task.code1);
+    const Coder<Second, false> second(*task.encoder2, task.code2);
+    const Hyper h = task.hyper;
+    const float rate = task.rate;
+    Elements elements[2];
+    States8<Rule> states[2];
+    for (int64_t b = blocks.begin; b <= blocks.end; ++b) {
+      const bool steps = b<blocks.end, encodes = b> blocks.begin;
+      Elements &now = elements[b & 1], &last = elements[~b & 1];
+      States8<Rule>&s = states[b & 1], &done = states[~b & 1];
+      F32 most[Rule::states];
+      float* at[Rule::states];
+      for (int k = 0; k < Rule::states; ++k) most[k] = M::zero(), at[k] = s.value[k];
+      if (steps) now.open(task, b), s.open(*task.tensor, b, now.size());
+      for (int i = 0; i < kBlock; i += kPart) {
+        if (steps) {
+#pragma GCC unroll 3
+          for (int k = 0; k < Rule::states; ++k) {
+            const uint8_t* codes = s.at(k, now.size()) + i;
+            k == Rule::second_moment ? second.decode(codes, kPart, *s.absmax[k], at[k] + i)
+                                     : first.decode(codes, kPart, *s.absmax[k], at[k] + i);
+          }
+          advance<Rule>(now, at, i, h, rate, most);
+        }
+        if (encodes)
+#pragma GCC unroll 3
+          for (int k = 0; k < Rule::states; ++k) {
+            uint8_t* codes = done.at(k, last.size()) + i;
+            k == Rule::second_moment ? second(done.value[k] + i, done.inv[k], codes) : first(done.value[k] + i, done.inv[k], codes);
+          }
+      }
+      if (encodes) done.close(last.size());
+      if (!steps) break;
+      now.close(task);
+      for (int k = 0; k < Rule::states; ++k) {
+        if (now.size() < kBlock) {  // what was decoded behind the last element does not count
+          for (int i = now.size(); i < kBlock; ++i) at[k][i] = 0;
+          most[k] = M::zero();
+          for (int i = 0; i < kBlock; i += Isa::lanes) most[k] = M::max_magnitude(most[k], M::load(at[k] + i));
+        }
+        *s.absmax[k] = M::greatest(most[k]);
+        s.inv[k] = inverse(*s.absmax[k]);
+      }
+    }
+  }
+
+  template <class Rule>
+  BNB_INLINE static void advance(const Elements& e, float* const (&at)[Rule::states], int i, const Hyper& h, float rate,
+                                 F32 (&most)[Rule::states]) {
+    float* p = e.p();
+    for (const int end = i + kPart; i < end; i += Isa::lanes) {
+      const Moved<Rule> x(p, e.g(), at, i, h);
+      Isa::store(p + i, x.stepped(h, rate));
+      for (int k = 0; k < Rule::states; ++k) {
+        most[k] = M::max_magnitude(most[k], x.s[k]);
+        Isa::store(at[k] + i, x.s[k]);
+      }
+    }
+  }
+
+  static void step(const OptimizerTask& task, Range blocks) {
+    visit(task.rule, [&]<class Rule>(Rule) {
+      if (!task.encoder1) return step32<Rule>(task, blocks);
+      if constexpr (Isa::has_dynamic8) {
+        const auto dynamic = [](const Encoder8& e, bool is_signed) { return e.dynamic && e.dynamic->is_signed == is_signed; };
+        if (dynamic(*task.encoder1, true) && (Rule::second_moment < 0 || dynamic(*task.encoder2, false)))
+          return step8<Rule, EncodeDynamic<Isa, true, true>, EncodeDynamic<Isa, false>>(task, blocks);
+      }
+      step8<Rule, EncodeTable<Isa>, EncodeTable<Isa>>(task, blocks);
+    });
+  }
+
+  // sums += {|p|^2, |u|^2} over the blocks, in an order that is the same for every instruction set: eight sums over the elements of a
+  // block, added in pairs, then the blocks in order.
+  template <class Rule> static void norms_of(const OptimizerTask& task, Range blocks, double (&sums)[2]) {
+    const Hyper h = task.hyper;
+    Elements e;
+    States32<Rule> plain;
+    States8<Rule> coded;
+    float* at[Rule::states];
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      alignas(64) float u[kBlock];
+      e.open(task, b);
+      if (task.encoder1) {
+        coded.open(*task.tensor, b, e.size());
+        for (int k = 0; k < Rule::states; ++k) {
+          const typename Isa::template Decode8<float, false> decode{k == Rule::second_moment ? task.code2 : task.code1};
+          decode(coded.at(k, e.size()), kBlock, *coded.absmax[k], at[k] = coded.value[k]);
+        }
+      } else {
+        plain.open(*task.tensor, b, e.size());
+        for (int k = 0; k < Rule::states; ++k) at[k] = plain.at[k];
+      }
+      for (int i = 0; i < kBlock; i += Isa::lanes) {
+        const Moved<Rule> x(e.p(), e.g(), at, i, h);
+        Isa::store(u + i, M::select(x.takes_part, x.u, M::zero()));
+      }
+      for (int i = e.size(); i < kBlock; ++i) u[i] = 0;
+      sums[0] += squares(e.p());
+      sums[1] += squares(u);
+    }
+  }
+  static double squares(const float* x) {
+    double sum[8] = {};
+    for (int i = 0; i < kBlock; i += 8)
+      for (int j = 0; j < 8; ++j) sum[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+  }
+  static void norms(const OptimizerTask& task, Range blocks, double (&sums)[2]) {
+    visit(task.rule, [&]<class Rule>(Rule) { norms_of<Rule>(task, blocks, sums); });
+  }
+};
+
+}  // namespace
+}  // namespace bnb::cpu
