@@ -1,5 +1,5 @@
-// The operations on a GPU. The descriptors are those of the CPU (bnb/quantize.h, bnb/gemm.h, bnb/int8.h) and mean the same, byte by byte,
-// except that every pointer in them (views, spans, maps, absmax) is a device pointer of the current device.
+// The operations on a GPU. The descriptors are those of the CPU (bnb/quantize.h, bnb/gemm.h, bnb/int8.h, bnb/optim.h) and mean the same,
+// byte by byte, except that every pointer in them (views, spans, maps, absmax) is a device pointer of the current device.
 //
 // A call checks sizes and pointers as on the CPU (bnb::Error{invalid_argument}), puts its kernels on `stream` and returns: it neither waits
 // nor allocates, so it may be captured into a graph. What lies behind the pointers is not looked at: a map that does not ascend gives codes
@@ -9,6 +9,7 @@
 
 #include <bnb/gemm.h>
 #include <bnb/int8.h>
+#include <bnb/optim.h>
 #include <bnb/quantize.h>
 
 #include <cstdint>
@@ -51,5 +52,13 @@ void gather_columns(const GemmInt8&, void* to, Stream);
 // (clear the bits, quantize, clear columns, multiply). `workspace` as for gemm_4bit.
 int64_t linear_int8_workspace(const LinearInt8&);
 void linear_int8(const LinearInt8&, void* workspace, Stream);
+
+// One step of an optimizer over all tensors: parameters, states, absmax and norms are those of the CPU, byte by byte. With a clock, one
+// int64 on the device, each tensor's step is *clock more, read when the kernels run, and *clock is one more afterwards: so a graph's
+// replays count on. `workspace` as for gemm_4bit, some 250 bytes a tensor, 12 KiB for maps of 8 bits, and up to 2 KiB a tensor with
+// max_unorm. Up to 288 tensors take two kernels, 576 three, one more where there are states of both widths.
+int64_t optimizer_workspace(const OptimizerStep&);
+void optimizer_step(const OptimizerStep&, void* workspace, int64_t* clock, Stream);
+std::string describe_optimizer_step(const OptimizerStep&);
 
 }  // namespace bnb::cuda

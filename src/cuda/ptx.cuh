@@ -167,6 +167,7 @@ BNB_DEVICE void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (
 BNB_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 BNB_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 BNB_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
+BNB_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }
 BNB_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 BNB_DEVICE float fma_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }  // rounded up
 BNB_DEVICE float reciprocal(float x) { return __frcp_rn(x); }

@@ -72,6 +72,7 @@ inline float nan_rule(float x) { return x == x ? x : bits_float(0x7fffffff); }
 inline float add(float a, float b) { return nan_rule(a + b); }
 inline float mul(float a, float b) { return nan_rule(a * b); }
 inline float div(float a, float b) { return nan_rule(a / b); }
+inline float sqrt(float x) { return nan_rule(std::sqrt(x)); }
 inline float fma(float a, float b, float c) { return nan_rule(std::fma(a, b, c)); }
 inline float fma_up(float a, float b, float c) {
   const double product = double{a} * b, sum = product + c;  // the product is exact, `error` what the sum lost
