@@ -49,9 +49,9 @@ struct OptimizerConfig {
   int64_t t_alpha = 0, t_beta3 = 0;  // AdEMAMix: steps over which alpha and beta3 reach their values (sections 3.1 and C); 0: at once
   double max_unorm = 0, dampening = 0;
   bool skip_zeros = false, nesterov = false;
-  bool bias_correction = true;   // adam, lamb, ademamix: divide by 1 - beta^t
-  bool coupled_decay = false;    // of rules that would decouple it
-  std::optional<uint64_t> seed;  // 16-bit parameters: rounded stochastically, by bits that depend on seed, step and offset + i alone
+  bool bias_correction = true;        // adam, lamb, ademamix: divide by 1 - beta^t
+  bool coupled_decay = false;         // of rules that would decouple it
+  std::optional<uint64_t> seed = {};  // 16-bit parameters: rounded stochastically, by bits that depend on seed, step and offset + i alone
 };
 
 // n elements; states either in fp32 (state1, state2) or in 8 bits (codes and absmax).
