@@ -4,15 +4,17 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-from . import functional, nn, research, utils
+from . import functional, nn, optim, research, utils
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .backends.cpu import ops as cpu_ops
 from .backends.cuda import ops as cuda_ops
 from .backends.default import ops as default_ops
 from .nn import modules
+from .optim import adam
 
 __all__ = [
     "MatmulLtState",
+    "adam",
     "cpu_ops",
     "cuda_ops",
     "default_ops",
@@ -22,6 +24,7 @@ __all__ = [
     "matmul_4bit",
     "modules",
     "nn",
+    "optim",
     "research",
     "supported_torch_devices",
     "utils",

@@ -32,6 +32,7 @@ from .int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from .optim import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from .quant_state import QuantState
 from .sparse import (
     COOSparseTensor,
@@ -78,6 +79,8 @@ __all__ = [
     "is_on_gpu",
     "lib",
     "name2qmap",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
     "quantize",
     "quantize_4bit",

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _checks as check
 from .. import functional as F
 from ..functional.blockwise import scales
+from ..optim import GlobalOptimManager
 from .linear import weight_and_state
 from .params import Int8Params, Params4bit
 
@@ -18,7 +19,11 @@ _lookup = torch.nn.functional.embedding
 
 
 class _XavierEmbedding(torch.nn.Embedding):
-    """An embedding that begins with Xavier's uniform values."""
+    """An embedding that begins with Xavier's uniform values, and whose optimizer state has 32 bits always."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        GlobalOptimManager.get_instance().register_module_override(self, "weight", {"optim_bits": 32})
 
     def reset_parameters(self) -> None:
         torch.nn.init.xavier_uniform_(self.weight)

@@ -1,0 +1,266 @@
+"""The operators of the optimizers: schemas and shape functions, as _ops.py has them for the others.
+
+One step of one rule. State is fp32, or 8-bit codes in blocks of 256: x = map[code] * absmax (arXiv 2110.02861).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from . import _checks as check
+
+# The first two are part of the public contract. optimizer_step is a whole group of tensors in one call, of any mixture
+# of dtypes and states; those with codes have absmax. `clock` is added to every step, and then counts on by itself.
+SCHEMAS = {
+    "optimizer_update_32bit": (
+        "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, "
+        "Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, float beta1, float beta2, float beta3, "
+        "float alpha, float eps, float weight_decay, int step, float lr, float gnorm_scale, bool skip_zeros=False) "
+        "-> ()"
+    ),
+    "optimizer_update_8bit_blockwise": (
+        "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, float beta1, "
+        "float beta2, float beta3, float alpha, float eps, int step, float lr, Tensor(a4!) qmap1, Tensor(a5!)? qmap2, "
+        "Tensor(a6!) absmax1, Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) "
+        "-> ()"
+    ),
+    "optimizer_step": (
+        "(str optimizer_name, Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] state1, Tensor(c!)[] state2, "
+        "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor(f!)[] unorm, Tensor? qmap1, Tensor? qmap2, int[] steps, "
+        "float lr, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, "
+        "int t_alpha=0, int t_beta3=0, float max_unorm=0., bool skip_zeros=False, float dampening=0., "
+        "bool nesterov=False, bool bias_correction=True, bool coupled_decay=False, int? seed=None, int[] offsets=[], "
+        "float[] gnorm_scales=[], float[] p_norms=[], Tensor(g!)? clock=None) -> ()"
+    ),
+}
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"bitsandbytes::{_name}", _schema)
+
+BLOCK = 256
+RULES = ("adam", "lamb", "ademamix", "lion", "momentum", "lars", "rmsprop", "adagrad")
+TWO_STATES = ("adam", "lamb", "ademamix")
+
+
+def first_states(rule: str) -> int:
+    """Elements of state 1 for each of the parameter: AdEMAMix keeps two averages there."""
+    return 2 if rule == "ademamix" else 1
+
+
+def contiguous(op: str, name: str, state: Tensor) -> None:
+    if not state.is_contiguous():
+        raise ValueError(f"{op}: {name} has strides {tuple(state.stride())}, expected a contiguous tensor")
+
+
+def check_state(
+    op: str, number: int, at: str, rule: str, n: int, state: Tensor, qmap: Tensor | None, absmax: Tensor | None
+) -> None:
+    """State 1 or 2 of a parameter of n elements. `at` stands behind names, as [3] for the fourth of a list."""
+    copies = first_states(rule) if number == 1 else 1
+    check.dtype(op, f"state{number}{at}", state, torch.float32, torch.uint8)
+    check.equal(op, f"state{number}{at}", "size", state.numel(), copies * n)
+    contiguous(op, f"state{number}{at}", state)
+    if state.dtype == torch.float32:
+        return
+    if qmap is None:
+        raise ValueError(f"{op}: qmap{number} is None, expected the map of the codes in state{number}{at}")
+    check.dtype(op, f"qmap{number}", qmap, torch.float32)
+    check.equal(op, f"qmap{number}", "size", qmap.numel(), check.CODES)
+    if absmax is None:
+        raise ValueError(f"{op}: absmax{number}{at} is missing, expected the scales of the codes in state{number}{at}")
+    check.dtype(op, f"absmax{number}{at}", absmax, torch.float32)
+    check.at_least(op, f"absmax{number}{at}", absmax.numel(), copies * check.blocks(n, BLOCK))
+    contiguous(op, f"absmax{number}{at}", absmax)
+
+
+def check_tensor(op: str, at: str, rule: str, p: Tensor, g: Tensor, state1: Tensor, state2: Tensor | None) -> None:
+    check.dtype(op, f"p{at}", p, *check.FLOATS)
+    check.dtype(op, f"g{at}", g, *check.FLOATS)
+    check.equal(op, f"g{at}", "size", g.numel(), p.numel())
+    if rule in TWO_STATES:
+        if state2 is None:
+            raise ValueError(f"{op}: state2{at} is None, expected the second moments of {rule}")
+        check.dtype(op, f"state2{at}", state2, state1.dtype)
+    check.same_device(op, p.device, **{f"g{at}": g, f"state1{at}": state1, f"state2{at}": state2})
+
+
+def check_step(op: str, step: int) -> None:
+    torch._check_value(step >= 1, lambda: f"{op}: step is {step}, expected 1 or more")
+
+
+def check_update_32bit(
+    rule: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, unorm_vec: Tensor | None, step: int
+) -> None:
+    op = "optimizer_update_32bit"
+    check.one_of(op, "optimizer_name", rule, RULES)
+    check_tensor(op, "", rule, p, g, state1, state2)
+    check_step(op, step)
+    for number, state in ((1, state1), (2, state2 if rule in TWO_STATES else None)):
+        if state is not None:
+            check.dtype(op, f"state{number}", state, torch.float32)
+            check_state(op, number, "", rule, p.numel(), state, None, None)
+    if unorm_vec is not None:
+        check.dtype(op, "unorm_vec", unorm_vec, torch.float32)
+        check.equal(op, "unorm_vec", "size", unorm_vec.numel(), 1)
+        check.same_device(op, p.device, unorm_vec=unorm_vec)
+
+
+def check_update_8bit(
+    rule: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    step: int,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+) -> None:
+    op = "optimizer_update_8bit_blockwise"
+    check.one_of(op, "optimizer_name", rule, RULES)
+    check_tensor(op, "", rule, p, g, state1, state2)
+    check_step(op, step)
+    states = ((1, state1, qmap1, absmax1), (2, state2 if rule in TWO_STATES else None, qmap2, absmax2))
+    for number, state, qmap, absmax in states:
+        if state is not None:
+            check.dtype(op, f"state{number}", state, torch.uint8)
+            check_state(op, number, "", rule, p.numel(), state, qmap, absmax)
+    check.same_device(op, p.device, qmap1=qmap1, qmap2=qmap2, absmax1=absmax1, absmax2=absmax2)
+
+
+def check_optimizer_step(
+    rule: str,
+    p: Sequence[Tensor],
+    g: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    absmax1: Sequence[Tensor],
+    absmax2: Sequence[Tensor],
+    unorm: Sequence[Tensor],
+    qmap1: Tensor | None,
+    qmap2: Tensor | None,
+    steps: Sequence[int],
+    offsets: Sequence[int],
+    gnorm_scales: Sequence[float],
+    p_norms: Sequence[float],
+    clock: Tensor | None,
+) -> None:
+    op = "optimizer_step"
+    check.one_of(op, "optimizer_name", rule, RULES)
+    two = rule in TWO_STATES
+    lists = {"g": g, "state1": state1, "steps": steps} | ({"state2": state2} if two else {})
+    optional = {"absmax1": absmax1, "unorm": unorm, "offsets": offsets, "gnorm_scales": gnorm_scales}
+    optional |= {"p_norms": p_norms} | ({"absmax2": absmax2} if two else {})
+    lists |= {name: values for name, values in optional.items() if len(values)}
+    for name, values in lists.items():
+        if len(values) != len(p):
+            raise ValueError(f"{op}: {name} has {len(values)} entries, expected {len(p)}, one a tensor of p")
+    for i, t in enumerate(p):
+        at = f"[{i}]"
+        check_tensor(op, at, rule, t, g[i], state1[i], state2[i] if two else None)
+        check_step(op, steps[i])
+        check.same_device(op, p[0].device, **{f"p{at}": t})
+        first, second = (a[i] if len(a) else None for a in (absmax1, absmax2))
+        check_state(op, 1, at, rule, t.numel(), state1[i], qmap1, first)
+        if two:
+            check_state(op, 2, at, rule, t.numel(), state2[i], qmap2, second)
+        if len(unorm):
+            check.dtype(op, f"unorm{at}", unorm[i], torch.float32)
+            check.equal(op, f"unorm{at}", "size", unorm[i].numel(), 1)
+        if len(offsets) and offsets[i] < 0:
+            raise ValueError(f"{op}: offsets{at} is {offsets[i]}, expected 0 or more")
+    if len(p):
+        check.same_device(op, p[0].device, qmap1=qmap1, qmap2=qmap2, clock=clock)
+    if clock is not None:
+        check.dtype(op, "clock", clock, torch.int64)
+        check.equal(op, "clock", "size", clock.numel(), 1)
+
+
+@register_fake("bitsandbytes::optimizer_update_32bit")
+def _(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    unorm_vec: Tensor | None,
+    max_unorm: float,
+    param_norm: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    lr: float,
+    gnorm_scale: float,
+    skip_zeros: bool = False,
+) -> None:
+    check_update_32bit(optimizer_name, g, p, state1, state2, unorm_vec, step)
+
+
+@register_fake("bitsandbytes::optimizer_update_8bit_blockwise")
+def _(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    weight_decay: float,
+    gnorm_scale: float,
+    skip_zeros: bool = False,
+) -> None:
+    check_update_8bit(optimizer_name, g, p, state1, state2, step, qmap1, qmap2, absmax1, absmax2)
+
+
+@register_fake("bitsandbytes::optimizer_step")
+def _(
+    optimizer_name: str,
+    p: Sequence[Tensor],
+    g: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    absmax1: Sequence[Tensor],
+    absmax2: Sequence[Tensor],
+    unorm: Sequence[Tensor],
+    qmap1: Tensor | None,
+    qmap2: Tensor | None,
+    steps: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    t_alpha: int = 0,
+    t_beta3: int = 0,
+    max_unorm: float = 0.0,
+    skip_zeros: bool = False,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    bias_correction: bool = True,
+    coupled_decay: bool = False,
+    seed: int | None = None,
+    offsets: Sequence[int] = (),
+    gnorm_scales: Sequence[float] = (),
+    p_norms: Sequence[float] = (),
+    clock: Tensor | None = None,
+) -> None:
+    lists = (p, g, state1, state2, absmax1, absmax2, unorm)
+    check_optimizer_step(optimizer_name, *lists, qmap1, qmap2, steps, offsets, gnorm_scales, p_norms, clock)

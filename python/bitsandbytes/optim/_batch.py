@@ -1,0 +1,138 @@
+"""Which tensors of a parameter group go through the operator together, remembered from step to step."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops_optim import TWO_STATES
+from ..functional.optim import Flat
+
+State = dict[str, Any]
+
+_TENSORS = ("state1", "state2", "absmax1", "absmax2", "unorm_vec")
+
+
+def local_part(x: Tensor) -> tuple[Tensor, int]:
+    """The part of a tensor that this process holds, and the place of its first element in the whole."""
+    return x, 0
+
+
+def is_plain(p: Tensor) -> bool:
+    return type(p) in (torch.nn.Parameter, Tensor)
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+@dataclass
+class Batch:
+    """The arguments of one call, but for gradients and steps."""
+
+    gindex: int
+    pindex: int  # of the first: what it is told counts for all
+    rule: str
+    params: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # among the parameters of the group that have gradients
+    tensors: dict[str, list[Tensor]] = field(default_factory=dict)  # by key of the state
+    clock: Tensor | None = None  # counts the steps of a captured graph
+    captured: bool = False
+
+    def close(self) -> None:
+        """Lists what the states hold, after the last parameter."""
+        device = self.params[0].device
+        empty = torch.empty(0, device=device)
+        for key in _TENSORS:
+            found = [state.get(key) for state in self.states]
+            if any(x is not None for x in found):  # a mixture of 8-bit and 32-bit states has absmax for some
+                self.tensors[key] = [empty if x is None else x for x in found]
+        if device.type == "cuda":
+            self.clock = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def is_current(self) -> bool:
+        """Whether the states still hold the tensors listed here."""
+        return all(
+            same([state.get(key) for state in self.states], found)
+            if key in ("state1", "state2")
+            else all(state.get(key, x) is x for state, x in zip(self.states, found, strict=True))
+            for key, found in self.tensors.items()
+        )
+
+    def late(self) -> int:
+        """Steps of graphs that the states do not count."""
+        return int(self.clock.item()) if self.captured and self.clock is not None else 0
+
+    def run(self, numbers: Sequence[Any], grads: Sequence[Tensor]) -> None:
+        steps = [state["step"] + 1 for state in self.states]
+        clock = self._clock()
+        plain = all(map(is_plain, self.params)) and all(p.is_contiguous() for p in self.params)
+        if plain and all(g.layout == torch.strided and g.is_contiguous() for g in grads):
+            self._call(numbers, self.params, grads, self.tensors, steps, [], clock)
+        else:
+            self._run_flat(numbers, grads, steps, clock)
+        torch.autograd.graph.increment_version(self.params)
+        if clock is None:
+            for state, step in zip(self.states, steps, strict=True):
+                state["step"] = step
+
+    def _run_flat(
+        self, numbers: Sequence[Any], grads: Sequence[Tensor], steps: list[int], clock: Tensor | None
+    ) -> None:
+        """The same with the local parts of tensors, as rows in the order of their states."""
+        op, reference = "optimizer_step", "state2" if self.rule in TWO_STATES else "state1"
+        tensors = {key: [local_part(x)[0] for x in found] for key, found in self.tensors.items()}
+        orders = [Flat(op, x) for x in tensors[reference]]
+        parts = [local_part(p) for p in self.params]
+        p = [flat("p", part) for flat, (part, _) in zip(orders, parts, strict=True)]
+        g = [flat("g", local_part(x)[0]) for flat, x in zip(orders, grads, strict=True)]
+        for key in ("state1", "state2"):
+            if key in tensors:
+                tensors[key] = [flat(key, x) for flat, x in zip(orders, tensors[key], strict=True)]
+        offsets = [offset for _, offset in parts]
+        self._call(numbers, p, g, tensors, steps, offsets if any(offsets) else [], clock)
+        for flat in orders:
+            flat.write_back()
+
+    def _call(
+        self,
+        numbers: Sequence[Any],
+        p: Sequence[Tensor],
+        g: Sequence[Tensor],
+        tensors: dict[str, list[Tensor]],
+        steps: list[int],
+        offsets: list[int],
+        clock: Tensor | None,
+    ) -> None:
+        lists = (tensors.get(key, []) for key in _TENSORS)
+        maps = (self.states[0].get(key) for key in ("qmap1", "qmap2"))  # tensors with codes come first
+        torch.ops.bitsandbytes.optimizer_step.default(
+            self.rule, p, g, *lists, *maps, steps, *numbers, offsets, [], [], clock
+        )
+
+    def _clock(self) -> Tensor | None:
+        if self.clock is not None and torch.cuda.is_current_stream_capturing():
+            self.captured = True
+        return self.clock if self.captured else None
+
+
+def batches_of(gindex: int, rule: str, entries: Sequence[tuple[int, Tensor, State, Any]]) -> list[Batch]:
+    """Splits (place in the group, parameter, state, options of its own) by device, options and maps."""
+    found: dict[Any, Batch] = {}
+    for place, (pindex, p, state, options) in sorted(enumerate(entries), key=lambda entry: "qmap1" not in entry[1][2]):
+        shared = (p.device, repr(sorted(options.items())))
+        if "qmap1" in state:
+            key = (shared, id(state["qmap1"]), id(state.get("qmap2")))
+        else:  # goes along with any maps
+            key = next((k for k in found if k[0] == shared), (shared, 0, 0))
+        batch = found.setdefault(key, Batch(gindex, pindex, rule))
+        batch.params.append(p)
+        batch.states.append(state)
+        batch.places.append(place)
+    for batch in found.values():
+        batch.close()
+    return list(found.values())

@@ -1,0 +1,101 @@
+"""The states of optimizers as files have them, checked before they count."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._ops_optim import TWO_STATES, check_state
+
+_OP = "load_state_dict"
+QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
+LATER_OPTIONS = ("alpha", "t_alpha", "t_beta3")  # that files of old releases lack
+
+
+def wrap(entry: Mapping[Any, Any], keys: Iterable[str]) -> dict[Any, Any]:
+    """The state of a parameter with its `keys` in a dict of their own, which FSDP leaves as they are."""
+    inner = {k: v for k, v in entry.items() if k in keys}
+    outer = {k: v for k, v in entry.items() if k not in keys}
+    return outer | ({QUANT_STATE_KEY: inner} if inner else {})
+
+
+def unwrap(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The inverse of wrap; files of old releases are as they are in memory."""
+    outer = {k: v for k, v in entry.items() if k != QUANT_STATE_KEY}
+    return outer | dict(entry.get(QUANT_STATE_KEY, {}))
+
+
+def _is_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{_OP}: {name} is {type(value).__name__}, expected a dict")
+
+
+def checked_groups(groups: list[dict[str, Any]], saved: Any, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The saved groups, if they are like those of the optimizer."""
+    if not isinstance(saved, list | tuple):
+        raise ValueError(f"{_OP}: param_groups is {type(saved).__name__}, expected a list")
+    if len(saved) != len(groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    result = []
+    for i, (group, given) in enumerate(zip(groups, saved, strict=True)):
+        _is_mapping(f"param_groups[{i}]", given)
+        if "params" not in given:
+            raise ValueError(f"{_OP}: param_groups[{i}].params is missing, expected the numbers of parameters")
+        if len(given["params"]) != len(group["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+            )
+        for key in defaults:
+            if key not in given and key not in LATER_OPTIONS:
+                raise ValueError(f"{_OP}: param_groups[{i}].{key} is missing, expected the options of {list(defaults)}")
+        result.append({key: defaults[key] for key in LATER_OPTIONS if key in defaults} | dict(given))
+    return result
+
+
+def _step(name: str, value: Any) -> int:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 0:
+        raise ValueError(f"{_OP}: {name} is {value!r}, expected a whole number of steps")
+    return int(value)
+
+
+def _tensor(name: str, entry: Mapping[str, Any], key: str) -> Tensor:
+    if key not in entry:
+        raise ValueError(f"{_OP}: {name}.{key} is missing, expected a tensor")
+    if not isinstance(entry[key], Tensor):
+        raise ValueError(f"{_OP}: {name}.{key} is {type(entry[key]).__name__}, expected a tensor")
+    return entry[key]
+
+
+def checked_state(name: str, saved: Any, rule: str, like: Tensor, first_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The state of one parameter, if it can be one: `like` has its shape, `first_shape` is that of state1."""
+    _is_mapping(name, saved)
+    _is_mapping(f"{name}.{QUANT_STATE_KEY}", saved.get(QUANT_STATE_KEY, {}))
+    entry = unwrap(saved)
+    if not entry:
+        return entry
+    if "step" not in entry:
+        raise ValueError(f"{_OP}: {name}.step is missing, expected a number of steps")
+    entry["step"] = _step(f"{name}.step", entry["step"])
+    shapes = {1: first_shape} | ({2: tuple(like.shape)} if rule in TWO_STATES else {})
+    for number, shape in shapes.items():
+        state = _tensor(name, entry, f"state{number}")
+        check.equal(_OP, f"{name}.state{number}", "shape", tuple(state.shape), shape)
+        coded = state.dtype == torch.uint8
+        maps = (f"qmap{number}", f"absmax{number}")
+        qmap, absmax = (_tensor(name, entry, key).reshape(-1) if coded else None for key in maps)
+        try:
+            check_state(_OP, number, "", rule, like.numel(), state.reshape(-1), qmap, absmax)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{_OP}: ", f"{_OP}: {name}.", 1)) from None
+        if qmap is not None and not bool((qmap[1:] >= qmap[:-1]).all()):
+            raise ValueError(f"{_OP}: {name}.qmap{number} is not in ascending order, expected a sorted map without NaN")
+    if 2 in shapes:
+        check.dtype(_OP, f"{name}.state2", entry["state2"], entry["state1"].dtype)
+    if "unorm_vec" in entry:
+        check.dtype(_OP, f"{name}.unorm_vec", _tensor(name, entry, "unorm_vec"), torch.float32)
+        check.equal(_OP, f"{name}.unorm_vec", "size", entry["unorm_vec"].numel(), 1)
+    return entry

@@ -1,0 +1,417 @@
+"""The optimizers' common part: states in 32 or 8 bits, options of single parameters, files, and one call a group."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._ops_optim import BLOCK, TWO_STATES, first_states
+from ..functional.codebooks import create_dynamic_map
+from ._batch import Batch, State, batches_of, local_part, same
+from ._manager import GlobalOptimManager
+from ._state_dict import QUANT_STATE_KEY, checked_groups, checked_state, wrap
+
+__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
+
+# Pickles and messages name their public home.
+GlobalOptimManager.__module__ = __name__
+
+
+class MockArgs:
+    """Options as attributes."""
+
+    def __init__(self, initial_data: Mapping[str, Any]) -> None:
+        vars(self).update(initial_data)
+
+
+class _Plan(NamedTuple):
+    """How a group was stepped the last time."""
+
+    params: list[Tensor]  # those with gradients
+    states: list[State]
+    version: int  # of the manager
+    batches: list[Batch]
+
+
+class Optimizer8bit(torch.optim.Optimizer):
+    """Base of all optimizers. One step is one call of the operator for each group of parameters.
+
+    State of a parameter: `step` and `state1`, `state2` of its shape, in fp32 or, with 8 bits, as codes in blocks of
+    256 with `absmax1`, `qmap1` and so on (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861).
+    """
+
+    _FSDP_WRAPPED_QUANT_STATE_KEY = QUANT_STATE_KEY
+
+    args: Any
+    optimizer_name: str
+
+    def __init__(self, params: Any, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False) -> None:
+        """
+        Args:
+            optim_bits: 32, or 8 for states in 8 bits.
+            is_paged: let states of large parameters on a GPU live in memory that it shares with the CPU.
+        """
+        super().__init__(params, defaults)
+        self.initialized = False
+        self.name2qmap: dict[str, Tensor] = {}
+        self.is_paged = is_paged
+        self.mng = GlobalOptimManager.get_instance()
+        self.non_castable_tensor_keys = {
+            *("qmap1", "qmap2", "max1", "max2", "new_max1", "new_max2", "state1", "state2"),
+            *("gnorm_vec", "absmax1", "absmax2", "unorm_vec"),
+        }
+        # What the rule has beyond the groups: nesterov, bias_correction, coupled_decay.
+        self.options: dict[str, bool] = {}
+        self._plans: dict[int, _Plan] = {}
+        if optim_bits == 8:
+            self.fill_qmap()
+
+    def fill_qmap(self) -> None:
+        """Makes the maps of 8-bit states: signed for state 1, unsigned for state 2."""
+        self.name2qmap["dynamic"] = create_dynamic_map(signed=True)
+        self.name2qmap["udynamic"] = create_dynamic_map(signed=False)
+
+    # ---- files and copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("initialized", "name2qmap", "is_paged", "non_castable_tensor_keys", "options", "args", "optimizer_name")
+        return super().__getstate__() | {key: vars(self)[key] for key in own if key in vars(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mng = GlobalOptimManager.get_instance()
+        self._plans = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's, with the tensors of each state in a dict of their own, which FSDP leaves."""
+        result = super().state_dict()
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        numbers = {id(p): i for i, p in enumerate(params)}
+        late = {
+            numbers[id(p)]: steps
+            for batch in self._batches()
+            if (steps := batch.late())
+            for p in batch.params
+            if id(p) in numbers
+        }
+        for key, steps in late.items():
+            result["state"][key] = result["state"][key] | {"step": result["state"][key]["step"] + steps}
+        result["state"] = {key: wrap(entry, self.non_castable_tensor_keys) for key, entry in result["state"].items()}
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """Takes over what state_dict gave, here or in another release; nothing changes if it cannot be.
+
+        Raises:
+            ValueError: groups or states are not those of this optimizer's parameters; the entry is named.
+        """
+        state_dict = dict(state_dict)
+        for pre in self._optimizer_load_state_dict_pre_hooks.values():
+            if (given := pre(self, state_dict)) is not None:
+                state_dict = given
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"load_state_dict: {key} is missing, expected what state_dict() gives")
+        groups = checked_groups(self.param_groups, state_dict["param_groups"], self.defaults)
+        numbers = chain.from_iterable(group["params"] for group in groups)
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        by_number = dict(zip(numbers, params, strict=True))
+        states: defaultdict[Any, Any] = defaultdict(dict)
+        for key, saved in state_dict["state"].items():
+            if key not in by_number:
+                states[key] = saved
+                continue
+            p = by_number[key]
+            part = local_part(p)[0]
+            entry = checked_state(f"state[{key}]", saved, self.optimizer_name, part, self._first_shape(part))
+            states[p] = {k: self._loaded(k, value, p, move_to_device) for k, value in entry.items()}
+        for group, own in zip(groups, self.param_groups, strict=True):
+            group["params"] = own["params"]
+        self.__setstate__({"state": states, "param_groups": groups})
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def _loaded(self, key: str, value: Any, p: Tensor, move_to_device: bool) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        device = p.device if move_to_device else value.device
+        if key in ("qmap1", "qmap2"):
+            own = self._qmap("dynamic" if key == "qmap1" else "udynamic", device)
+            if torch.equal(own, value.to(device)):
+                return own
+        if key in ("state1", "state2"):
+            return self._filled(p, value, device)
+        return value.to(device, copy=True)
+
+    def _filled(self, p: Tensor, value: Tensor, device: torch.device) -> Tensor:
+        ordered = value.dtype == torch.float32 or value.stride() == p.stride()  # blocks follow the order of codes
+        if ordered and device == p.device and value.shape == p.shape:
+            return self.get_state_buffer(p, dtype=value.dtype).copy_(value)
+        return value.to(device, copy=True)
+
+    def _qmap(self, name: str, device: torch.device) -> Tensor:
+        if not self.name2qmap:
+            self.fill_qmap()
+        if self.name2qmap[name].device != device:
+            self.name2qmap[name] = self.name2qmap[name].to(device)
+        return self.name2qmap[name]
+
+    def to_gpu(self) -> None:
+        """Moves the states to where their parameters are."""
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            for key, value in self.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.device != p.device and not getattr(value, "is_paged", False):
+                    self.state[p][key] = value.to(p.device)
+
+    # ---- options
+
+    def check_overrides(self) -> None:
+        """Looks up what modules have told the manager about their parameters."""
+        self.mng.resolve_modules(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """The options of one parameter: those of its group, and what the manager has for it alone."""
+        config = {key: group[key] for key in ("betas", "eps", "weight_decay", "lr")}
+        config |= {"alpha": group.get("alpha", 0.0), "t_alpha": group.get("t_alpha"), "t_beta3": group.get("t_beta3")}
+        config |= {key: getattr(self.args, key) for key in ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros")}
+        if "seed" in group:
+            config["seed"] = group["seed"]
+        return config | self.mng.options_of(group["params"][pindex], gindex, pindex)
+
+    def _numbers(self, config: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of the operator from lr to seed."""
+        betas = config["betas"]
+        momentum = self.optimizer_name in ("momentum", "lars")
+        beta2, beta3 = betas[1], betas[2] if len(betas) > 2 else 0.0
+        return (
+            *(float(config["lr"]), float(betas[0]), float(beta2), float(beta3), float(config["alpha"])),
+            *(float(config["eps"]), float(config["weight_decay"]), config["t_alpha"] or 0, config["t_beta3"] or 0),
+            *(float(config["max_unorm"]), bool(config["skip_zeros"]), float(beta2) if momentum else 0.0),
+            *(self.options.get("nesterov", False), self.options.get("bias_correction", True)),
+            *(self.options.get("coupled_decay", False), config.get("seed")),
+        )
+
+    # ---- steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have gradients.
+
+        Args:
+            closure: computes the loss again, which is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        self._step_groups()
+        return loss
+
+    @torch._disable_dynamo  # torch.compile leaves steps as they are
+    def _step_groups(self) -> None:
+        for gindex, group in enumerate(self.param_groups):
+            grads = [p.grad for p in group["params"]]
+            params = [p for p, g in zip(group["params"], grads, strict=True) if g is not None]
+            if not params:
+                continue
+            grads = [g for g in grads if g is not None]
+            for batch in self._plan(gindex, group, params).batches:
+                numbers = self._numbers(self.get_config(gindex, batch.pindex, group))
+                batch.run(numbers, [grads[i] for i in batch.places])
+
+    def _plan(self, gindex: int, group: dict[str, Any], params: list[Tensor]) -> _Plan:
+        plan = self._plans.get(gindex)
+        if (
+            plan is not None
+            and plan.version == self.mng.version
+            and same(plan.params, params)
+            and same(plan.states, [self.state.get(p) for p in params])
+            and all(batch.is_current() for batch in plan.batches)
+        ):
+            return plan
+        places = {id(p): i for i, p in enumerate(group["params"])}
+        self._count_graphs(gindex)
+        for p in params:
+            if not self.state[p]:
+                self._check_parameter(gindex, places[id(p)], p)
+                self.init_state(group, p, gindex, places[id(p)])
+        states = [self.state[p] for p in params]
+        indices = [places[id(p)] for p in params]
+        options = [self.mng.options_of(p, gindex, i) for p, i in zip(params, indices, strict=True)]
+        entries = list(zip(indices, params, states, options, strict=True))
+        plan = _Plan(params, states, self.mng.version, batches_of(gindex, self.optimizer_name, entries))
+        self._plans[gindex] = plan
+        return plan
+
+    def _batches(self) -> Iterable[Batch]:
+        return chain.from_iterable(plan.batches for plan in self._plans.values())
+
+    def _count_graphs(self, gindex: int) -> None:
+        """Lets the states of a group count the steps of captured graphs, before its batches are made anew."""
+        plan = self._plans.pop(gindex, None)
+        for batch in plan.batches if plan is not None else []:
+            late = batch.late()
+            for state in batch.states if late else []:
+                state["step"] += late
+
+    def _check_parameter(self, gindex: int, pindex: int, p: Tensor) -> None:
+        op, name = type(self).__name__, f"parameter {pindex} of group {gindex}"
+        check.dtype(op, name, p, *check.FLOATS)
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise RuntimeError(f"{op}: the gradient of {name} is sparse, expected a dense one")
+        if p.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{op}: the first step is captured into a CUDA graph, expected one step before that")
+
+    @torch.no_grad()
+    def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """Gives a parameter its state before the first step."""
+        config = self.get_config(gindex, pindex, group)
+        bits = config["optim_bits"]
+        if bits not in (8, 32):
+            raise NotImplementedError(f"Amount of optimizer bits not supported: {bits}")
+        part = local_part(p)[0]
+        coded = bits == 8 and p.numel() >= config["min_8bit_size"]
+        dtype = torch.uint8 if coded else torch.float32
+        state: State = {"step": 0}
+        for number in (1, 2) if self.optimizer_name in TWO_STATES else (1,):
+            copies = first_states(self.optimizer_name) if number == 1 else 1
+            state[f"state{number}"] = self._doubled(part, dtype) if copies == 2 else self.get_state_buffer(p, dtype)
+            if coded:
+                blocks = check.blocks(part.numel(), BLOCK)
+                state[f"qmap{number}"] = self._qmap("dynamic" if number == 1 else "udynamic", p.device)
+                absmax = (2, blocks) if copies == 2 else (blocks,)
+                state[f"absmax{number}"] = torch.zeros(absmax, dtype=torch.float32, device=p.device)
+        if config["max_unorm"] > 0:
+            state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
+        self.state[p] = state
+
+    def _first_shape(self, p: Tensor) -> tuple[int, ...]:
+        return (2, *p.shape) if first_states(self.optimizer_name) == 2 else tuple(p.shape)
+
+    def _doubled(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        """Two states one after the other, each in the memory order of the parameter."""
+        one = torch.empty_like(part, dtype=dtype)
+        both = one.new_empty_strided((2, *one.shape), (one.numel(), *one.stride()))
+        return both.zero_()
+
+    def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """One step of one parameter, for optimizers that have a step of their own."""
+        if p.grad is None:
+            raise RuntimeError(f"{type(self).__name__}: parameter {pindex} of group {gindex} has no gradient")
+        options = self.mng.options_of(p, gindex, pindex)
+        (batch,) = batches_of(gindex, self.optimizer_name, [(pindex, p, self.state[p], options)])
+        batch.run(self._numbers(self.get_config(gindex, pindex, group)), [p.grad])
+
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros of the shape and memory order of a parameter, for a state of it."""
+        return torch.zeros_like(local_part(p)[0], dtype=dtype)
+
+    def prefetch_state(self, p: Tensor) -> None:
+        """Brings the paged states of a parameter to its device; others are there."""
+
+
+def _betas(given: Any) -> tuple[float, ...]:
+    if isinstance(given, str):  # "(0.9, 0.999)"
+        given = [float(x) for x in given.strip("() ").split(",")]
+    return tuple(given)
+
+
+class _Common(NamedTuple):
+    optim_bits: int
+    args: Any
+    min_8bit_size: int
+    max_unorm: float
+    skip_zeros: bool
+    is_paged: bool
+
+
+def _setup(self: Optimizer8bit, name: str, params: Any, defaults: dict[str, Any], common: _Common) -> None:
+    """What both kinds of optimizers check and keep."""
+    if not defaults["lr"] >= 0.0:
+        raise ValueError(f"Invalid learning rate: {defaults['lr']}")
+    if not defaults["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {defaults['eps']}")
+    defaults["betas"] = _betas(defaults["betas"])
+    for i, beta in enumerate(defaults["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not defaults["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {defaults['weight_decay']}")
+    Optimizer8bit.__init__(self, params, defaults, common.optim_bits, common.is_paged)
+    options = {key: value for key, value in common._asdict().items() if key not in ("args", "is_paged")}
+    self.args = MockArgs(options) if common.args is None else common.args
+    self.optimizer_name = name
+
+
+class Optimizer2State(Optimizer8bit):
+    """Base of the optimizers with two moments: Adam, AdamW, AdEMAMix, LAMB."""
+
+    def __init__(
+        self,
+        optimizer_name: str,
+        params: Any,
+        lr: float = 1e-3,
+        betas: Any = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.0,
+        skip_zeros: bool = False,
+        is_paged: bool = False,
+        alpha: float = 0.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+    ) -> None:
+        """
+        Args:
+            optimizer_name: adam, ademamix or lamb.
+            args: an object with the attributes optim_bits, min_8bit_size, max_unorm and skip_zeros, instead of those.
+            min_8bit_size: parameters with fewer elements have states of 32 bits.
+            max_unorm: the update becomes no longer than this times the norm of the parameter; 0 for no limit.
+            skip_zeros: pass over elements whose gradient is 0.
+            alpha, t_alpha, t_beta3: of AdEMAMix.
+        """
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
+        common = _Common(optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
+        _setup(self, optimizer_name, params, defaults, common)
+
+
+class Optimizer1State(Optimizer8bit):
+    """Base of the optimizers with one moment: SGD, LARS, RMSprop, Adagrad, Lion."""
+
+    def __init__(
+        self,
+        optimizer_name: str,
+        params: Any,
+        lr: float = 1e-3,
+        betas: Any = (0.9, 0.0),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.0,
+        skip_zeros: bool = False,
+        is_paged: bool = False,
+    ) -> None:
+        """
+        Args:
+            optimizer_name: momentum, lars, rmsprop, adagrad or lion.
+            The others as in Optimizer2State.
+        """
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        common = _Common(optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
+        _setup(self, optimizer_name, params, defaults, common)
