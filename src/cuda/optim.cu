@@ -187,7 +187,11 @@ void optimizer_step(const OptimizerStep& s, void* workspace, int64_t* clock, Str
   const bool coded = plan.chunks[2] > plan.chunks[1], norms = s.config.max_unorm > 0;
 
   dev::Launch l = {.op = "optimizer_step", .dtype = count ? plan.tensors[0].p_type : DType::f32, .shape = {count}, .stream = stream};
-  Batch batch = {.config = s.config, .code = {s.code1.data(), s.code2.data()}, .maps = maps, .clock = clock};
+  Batch batch = {};
+  batch.config = s.config;
+  batch.code[0] = s.code1.data(), batch.code[1] = s.code2.data();
+  batch.maps = maps;
+  batch.clock = clock;
   for (int64_t begin = 0, launches = plan.table_launches(clock != nullptr); launches > 0; begin += kTensors) {
     batch.entries = entries + begin;
     batch.first_chunk = first_chunk + begin, batch.first_piece = first_piece + begin;

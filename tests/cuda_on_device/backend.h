@@ -36,6 +36,14 @@ class DeviceMemory {
     if constexpr (requires { d.weight; }) bring(d.weight), bring(d.weight_scale);
     if constexpr (requires { d.to; }) bring(d.to.row_scale), bring(d.to.column_scale), bring(d.to.bias), bring(d.to.out);
   }
+  void bring_all(OptimizerTensor& t) {
+    bring(t.p), bring(t.g), bring(t.state1), bring(t.state2), bring(t.codes1), bring(t.codes2), bring(t.absmax1), bring(t.absmax2);
+    bring(t.u_norm);
+  }
+  void bring_all(OptimizerStep& s) { bring(s.code1), bring(s.code2); }
+  template <class T> void bring(T*& one) {
+    if (one) one = static_cast<T*>(copy(one, sizeof(T), one));
+  }
   void* workspace(int64_t bytes);  // of bytes 0xff, which is NaN
   void finish();                   // waits, fetches the outputs, looks at their guards
 
@@ -98,6 +106,17 @@ inline void gemm_int8(const GemmInt8& d) {
 }
 inline void linear_int8(const LinearInt8& d) {
   on_device(d, cuda::linear_int8_workspace(d), [](const auto& on, void* workspace) { cuda::linear_int8(on, workspace, nullptr); });
+}
+
+inline void optimizer_step(OptimizerStep s, int64_t* clock = nullptr) {
+  DeviceMemory memory;
+  std::vector<OptimizerTensor> tensors(s.tensors.begin(), s.tensors.end());
+  for (auto& t : tensors) memory.bring_all(t);
+  memory.bring_all(s);
+  memory.bring(clock);
+  s.tensors = tensors;
+  cuda::optimizer_step(s, memory.workspace(cuda::optimizer_workspace(s)), clock, nullptr);
+  memory.finish();
 }
 
 inline std::vector<std::string_view> supported_isas() { return {"first", "again"}; }

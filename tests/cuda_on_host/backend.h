@@ -41,6 +41,11 @@ inline void linear_int8(const LinearInt8& d) {
   on_device(d, cuda::linear_int8_workspace(d), [](const LinearInt8& on, void* workspace) { cuda::linear_int8(on, workspace, nullptr); });
 }
 
+inline void optimizer_step(const OptimizerStep& s, int64_t* clock = nullptr) {
+  on_device(s, cuda::optimizer_workspace(s),
+            [&](const OptimizerStep& on, void* workspace) { cuda::optimizer_step(on, workspace, clock, nullptr); });
+}
+
 inline std::vector<std::string_view> supported_isas() { return {"forward", "reversed", "random"}; }
 inline void force_isa(std::string_view order) {
   for (const auto o : emulator::kOrders)
