@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._ops_optim import check_update_8bit, check_update_32bit
 
 _ops = torch.ops.bitsandbytes
 
@@ -27,7 +28,7 @@ class Flat:
         check.tensor(self.op, name, x)
         more = x.dim() - self.p.dim()
         if (self.p.is_contiguous() and x.is_contiguous()) or not 0 <= more <= 1 or x.shape[more:] != self.p.shape:
-            return x.reshape(-1) if name == "g" else x
+            return x
         rows = x.permute([*range(more), *(d + more for d in self.order)])
         if not rows.is_contiguous():
             rows = rows.contiguous()
@@ -77,6 +78,7 @@ def optimizer_update_32bit(
     second = None if state2 is None else flat("state2", state2)
     tensors = (flat("g", g), flat("p", p), flat("state1", state1), second, unorm_vec)
     param_norm = torch.linalg.vector_norm(p, dtype=torch.float32).item() if max_unorm > 0 else 0.0
+    check_update_32bit(optimizer_name, *tensors, step)
     numbers = (beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros)
     _ops.optimizer_update_32bit.default(optimizer_name, *tensors, max_unorm, param_norm, *numbers)
     flat.write_back()
@@ -119,6 +121,7 @@ def optimizer_update_8bit_blockwise(
     tensors = (flat("g", g), flat("p", p), flat("state1", state1), second)
     numbers = (beta1, beta2, beta3, alpha, eps, step, lr)
     maps = (qmap1, qmap2, absmax1, absmax2)
+    check_update_8bit(optimizer_name, *tensors, step, *maps)
     _ops.optimizer_update_8bit_blockwise.default(
         optimizer_name, *tensors, *numbers, *maps, weight_decay, gnorm_scale, skip_zeros
     )

@@ -71,7 +71,7 @@ class Batch:
         steps = [state["step"] + 1 for state in self.states]
         clock = self._clock()
         plain = all(map(is_plain, self.params)) and all(p.is_contiguous() for p in self.params)
-        if plain and all(g.layout == torch.strided and g.is_contiguous() for g in grads):
+        if plain and all(g.is_contiguous() for g in grads):
             self._call(numbers, self.params, grads, self.tensors, steps, [], clock)
         else:
             self._run_flat(numbers, grads, steps, clock)

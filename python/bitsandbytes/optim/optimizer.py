@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,11 +14,14 @@ from torch import Tensor
 from .. import _checks as check
 from .._ops_optim import BLOCK, TWO_STATES, first_states
 from ..functional.codebooks import create_dynamic_map
+from ..functional.paged import paged_strided, prefetch_tensor
 from ._batch import Batch, State, batches_of, local_part, same
 from ._manager import GlobalOptimManager
 from ._state_dict import QUANT_STATE_KEY, checked_groups, checked_state, wrap
 
 __all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
+
+PAGED_SIZE = 100_000  # elements from which on a state is worth paging
 
 # Pickles and messages name their public home.
 GlobalOptimManager.__module__ = __name__
@@ -225,7 +229,15 @@ class Optimizer8bit(torch.optim.Optimizer):
             if not params:
                 continue
             grads = [g for g in grads if g is not None]
-            for batch in self._plan(gindex, group, params).batches:
+            if any(g.layout != torch.strided for g in grads):
+                raise RuntimeError(
+                    f"{type(self).__name__}: a gradient of group {gindex} is sparse, expected dense ones"
+                )
+            plan = self._plan(gindex, group, params)
+            if self.is_paged and not torch.cuda.is_current_stream_capturing():
+                for p in params:
+                    self.prefetch_state(p)
+            for batch in plan.batches:
                 numbers = self._numbers(self.get_config(gindex, batch.pindex, group))
                 batch.run(numbers, [grads[i] for i in batch.places])
 
@@ -267,8 +279,6 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _check_parameter(self, gindex: int, pindex: int, p: Tensor) -> None:
         op, name = type(self).__name__, f"parameter {pindex} of group {gindex}"
         check.dtype(op, name, p, *check.FLOATS)
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise RuntimeError(f"{op}: the gradient of {name} is sparse, expected a dense one")
         if p.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{op}: the first step is captured into a CUDA graph, expected one step before that")
 
@@ -300,9 +310,13 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _doubled(self, part: Tensor, dtype: torch.dtype) -> Tensor:
         """Two states one after the other, each in the memory order of the parameter."""
-        one = torch.empty_like(part, dtype=dtype)
-        both = one.new_empty_strided((2, *one.shape), (one.numel(), *one.stride()))
-        return both.zero_()
+        stride = torch.empty_like(part, device="meta").stride()
+        return self._zeros((2, *part.shape), (part.numel(), *stride), dtype, part.device)
+
+    def _zeros(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.is_paged and device.type == "cuda" and math.prod(shape) >= PAGED_SIZE:
+            return paged_strided(shape, stride, dtype, device)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """One step of one parameter, for optimizers that have a step of their own."""
@@ -314,10 +328,14 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros of the shape and memory order of a parameter, for a state of it."""
-        return torch.zeros_like(local_part(p)[0], dtype=dtype)
+        part = local_part(p)[0]
+        return self._zeros(part.shape, torch.empty_like(part, device="meta").stride(), dtype, part.device)
 
     def prefetch_state(self, p: Tensor) -> None:
         """Brings the paged states of a parameter to its device; others are there."""
+        for value in self.state[p].values():
+            if getattr(value, "is_paged", False):
+                prefetch_tensor(value)
 
 
 def _betas(given: Any) -> tuple[float, ...]:

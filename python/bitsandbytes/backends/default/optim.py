@@ -107,6 +107,11 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
     return (a.double() * (b.double() if isinstance(b, Tensor) else b) + c.double()).float()
 
 
+def _sqrt(v: Tensor) -> Tensor:
+    """Rounded right, which torch's fp32 root on a CPU is not always."""
+    return v.sqrt() if v.device.type == "mps" else v.double().sqrt().float()
+
+
 def _average(s: Tensor, beta: float, x: Tensor, gain: float) -> Tensor:
     return _fma(s, beta, x * gain)
 
@@ -120,13 +125,13 @@ def _direction(c: Config, h: Hyper, g: Tensor, s: list[Tensor]) -> tuple[Tensor,
         return _fma(m, h.beta2, g) if c.nesterov else m, [m]
     if c.rule in ("rmsprop", "adagrad"):
         v = _average(s[0], h.beta1, g * g, h.gain1).clamp(max=_LARGEST)
-        return g * h.scale / (v.sqrt() + h.eps), [v]
+        return g * h.scale / (_sqrt(v) + h.eps), [v]
     m = _average(s[0], h.beta1, g, h.gain1)
     v = _average(s[-1], h.beta2, g * g, h.gain2).clamp(max=_LARGEST)
     if c.rule != "ademamix":
-        return m * h.scale / (v.sqrt() + h.eps), [m, v]
+        return m * h.scale / (_sqrt(v) + h.eps), [m, v]
     slow = _average(s[1], h.beta3, g, h.gain3)
-    return _fma(slow, h.alpha, m) * h.scale / (v.sqrt() + h.eps), [m, slow, v]
+    return _fma(slow, h.alpha, m) * h.scale / (_sqrt(v) + h.eps), [m, slow, v]
 
 
 def _blocks(x: Tensor) -> Tensor:
