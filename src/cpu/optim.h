@@ -75,24 +75,42 @@ template <class Isa> struct Optimize {
     const float* g_ = nullptr;
   };
 
-  // The rule on elements [i, i + lanes): moves the states at s[k] + i, gives u, and which elements take part.
-  template <class Rule> struct Moved {
+  struct Unlimited : M {
+    BNB_INLINE static F32 min(F32 a, F32) { return a; }
+    BNB_INLINE static F32 max(F32 a, F32) { return a; }
+  };
+  // The rule on elements [i, i + lanes): moves the states at s[k] + i, gives u, and which elements take part. `quick` is for blocks that
+  // are as most are: all do, nothing leaves the range of fp32, and g is the gradient as it is.
+  template <class Rule, bool quick> struct Moved {
+    using Math = std::conditional_t<quick, Unlimited, M>;
     F32 p, u, s[Rule::states];
     typename M::Mask takes_part;
     BNB_INLINE Moved(const float* p_at, const float* g_at, float* const* s_at, int i, const Hyper& h) : p(M::load(p_at + i)) {
-      const F32 raw = M::mul(M::load(g_at + i), M::set1(h.gnorm_scale)), g = M::fma(p, M::set1(h.coupled), raw);
-      takes_part = M::finite(g);
-      if (h.skip_zeros) takes_part = M::nonzero(takes_part, raw);
-      F32 before[Rule::states];
+      F32 g = M::load(g_at + i), before[Rule::states];
       for (int k = 0; k < Rule::states; ++k) before[k] = s[k] = M::load(s_at[k] + i);
-      u = Rule::template direction<M>(g, s, h);
-      for (int k = 0; k < Rule::states; ++k) s[k] = M::select(takes_part, s[k], before[k]);
+      if constexpr (!quick) {
+        const F32 raw = M::mul(g, M::set1(h.gnorm_scale));
+        g = M::fma(p, M::set1(h.coupled), raw);
+        takes_part = M::finite(g);
+        if (h.skip_zeros) takes_part = M::nonzero(takes_part, raw);
+      }
+      u = Rule::template direction<Math>(g, s, h);
+      if constexpr (!quick)
+        for (int k = 0; k < Rule::states; ++k) s[k] = M::select(takes_part, s[k], before[k]);
     }
     // rate: -lr * trust
     BNB_INLINE F32 stepped(const Hyper& h, float rate) const {
-      return M::select(takes_part, M::fma(u, M::set1(rate), M::mul(p, M::set1(h.keep))), p);
+      const F32 to = M::fma(u, M::set1(rate), M::mul(p, M::set1(h.keep)));
+      if constexpr (quick) return to;
+      return M::select(takes_part, to, p);
     }
   };
+  // Whether `quick` serves a block. Adagrad's sums know no limit.
+  static bool is_quick(const OptimizerTask& task, const Elements& e) {
+    const Hyper& h = task.hyper;
+    if (h.skip_zeros || h.coupled != 0 || h.gnorm_scale != 1 || task.rule == Optimizer::adagrad) return false;
+    return float_of(Isa::max_bits(e.g(), kBlock)) < 0x1p60f;
+  }
 
   // One block's states in fp32 where they lie; of a last, shorter one copies with zeros behind them.
   template <class Rule> class States32 {
@@ -130,7 +148,7 @@ template <class Isa> struct Optimize {
       const float* g = e.g();
       for (int k = 0; k < Rule::states; ++k) at[k] = s.at[k];
       for (int i = 0; i < kBlock; i += Isa::lanes) {
-        const Moved<Rule> x(p, g, at, i, h);
+        const Moved<Rule, false> x(p, g, at, i, h);
         Isa::store(p + i, x.stepped(h, rate));
         for (int k = 0; k < Rule::states; ++k) Isa::store(at[k] + i, x.s[k]);
       }
@@ -141,7 +159,7 @@ template <class Isa> struct Optimize {
 
   // One state in codes. Encode: EncodeDynamic or EncodeTable of quantize.h.
   template <class Encode, bool keep_sign> struct Coder {
-    typename Isa::template Decode8<float, false> decode;
+    DecodeStates<Isa, keep_sign && Encode::keeps_sign> decode;
     Encode encode;
     const float* value;
     Coder(const Encoder8& encoder, const float* code) : decode{code}, encode{encoder}, value(code) {}
@@ -193,7 +211,8 @@ template <class Isa> struct Optimize {
       F32 most[Rule::states];
       float* at[Rule::states];
       for (int k = 0; k < Rule::states; ++k) most[k] = M::zero(), at[k] = s.value[k];
-      if (steps) now.open(task, b), s.open(*task.tensor, b, now.size());
+      bool quick = false;
+      if (steps) now.open(task, b), s.open(*task.tensor, b, now.size()), quick = is_quick(task, now);
       for (int i = 0; i < kBlock; i += kPart) {
         if (steps) {
 #pragma GCC unroll 3
@@ -202,7 +221,7 @@ template <class Isa> struct Optimize {
             k == Rule::second_moment ? second.decode(codes, kPart, *s.absmax[k], at[k] + i)
                                      : first.decode(codes, kPart, *s.absmax[k], at[k] + i);
           }
-          advance<Rule>(now, at, i, h, rate, most);
+          quick ? advance<Rule, true>(now, at, i, h, rate, most) : advance<Rule, false>(now, at, i, h, rate, most);
         }
         if (encodes)
 #pragma GCC unroll 3
@@ -226,12 +245,12 @@ template <class Isa> struct Optimize {
     }
   }
 
-  template <class Rule>
+  template <class Rule, bool quick>
   BNB_INLINE static void advance(const Elements& e, float* const (&at)[Rule::states], int i, const Hyper& h, float rate,
                                  F32 (&most)[Rule::states]) {
     float* p = e.p();
     for (const int end = i + kPart; i < end; i += Isa::lanes) {
-      const Moved<Rule> x(p, e.g(), at, i, h);
+      const Moved<Rule, quick> x(p, e.g(), at, i, h);
       Isa::store(p + i, x.stepped(h, rate));
       for (int k = 0; k < Rule::states; ++k) {
         most[k] = M::max_magnitude(most[k], x.s[k]);
@@ -274,7 +293,7 @@ template <class Isa> struct Optimize {
         for (int k = 0; k < Rule::states; ++k) at[k] = plain.at[k];
       }
       for (int i = 0; i < kBlock; i += Isa::lanes) {
-        const Moved<Rule> x(e.p(), e.g(), at, i, h);
+        const Moved<Rule, false> x(e.p(), e.g(), at, i, h);
         Isa::store(u + i, M::select(x.takes_part, x.u, M::zero()));
       }
       for (int i = e.size(); i < kBlock; ++i) u[i] = 0;

@@ -27,7 +27,10 @@ struct Avx512 {
   BNB_INLINE static F32 load(const float* p) { return _mm512_loadu_ps(p); }
   BNB_INLINE static F32 load(const Half* p) { return _mm512_cvtph_ps(load32(p)); }
   BNB_INLINE static F32 load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
-  BNB_INLINE static F32 load(const BFloat16* p) { return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16)); }
+  BNB_INLINE static F32 load(const BFloat16* p) {  // word i to the upper half of lane i
+    const I32 places = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 16);
+    return floats(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_broadcast_i64x4(load32(p))));
+  }
 
   // The 16-bit float nearest to each lane. bf16 by integer arithmetic: vcvtneps2bf16 takes subnormals for zero.
   template <class T> BNB_INLINE static __m256i round16(F32 x) {
@@ -199,8 +202,8 @@ struct Avx512 {
     F32 slope, icept, top;
     uint32_t unsure;
     explicit EncodeDynamic(const Dynamic8& d)
-        : step0(load_all(d.step)),
-          step1(load_all(d.step + 16)),
+        : step0(_mm512_slli_epi32(load_all(d.step), is_signed)),
+          step1(_mm512_slli_epi32(load_all(d.step + 16), is_signed)),
           slope(load(d.slope)),
           icept(load(d.icept)),
           top(load(d.top)),
@@ -213,30 +216,38 @@ struct Avx512 {
 
    private:
     template <int V, class T> BNB_INLINE void vectors(const Encoder8& encoder, const T* x, float inv, uint8_t* codes) const {
-      I32 y[V], h[V], sign[V];
+      constexpr unsigned shift = is_signed ? 24 : 23;
+      I32 y[V];
       for (int j = 0; j < V; ++j) {
         // With keep_sign the sign is to say x < 0: that of -0.0 goes.
-        const F32 v = load(x + 16 * j);
-        const I32 t = bits(keep_sign ? fma(v, set1(inv), zero()) : mul(v, set1(inv)));
-        const I32 magnitude = is_signed ? _mm512_and_si512(t, word(0x7fffffff)) : t;
-        const I32 key = _mm512_max_epi32(magnitude, word(96u << 23));  // also lifts what is negative (unsigned map)
-        const I32 exponent = _mm512_srli_epi32(key, 23);
-        const I32 segment = _mm512_srli_epi32(_mm512_add_epi32(key, _mm512_permutex2var_epi32(step0, exponent, step1)), 23);
-        const F32 line = fma(floats(key), _mm512_permutexvar_ps(segment, slope), _mm512_permutexvar_ps(segment, icept));
-        y[j] = bits(_mm512_min_ps(line, _mm512_permutexvar_ps(segment, top)));
-        if constexpr (!is_signed) y[j] = _mm512_add_epi32(y[j], y[j]);  // now the upper half ends with h, the lower is the fraction
-        if constexpr (is_signed) sign[j] = _mm512_srli_epi32(t, 31);
-        h[j] = _mm512_and_si512(_mm512_srli_epi32(y[j], 16), word(0xff));
+        const F32 v = load(x + 16 * j), t = keep_sign ? fma(v, set1(inv), zero()) : mul(v, set1(inv));
+        // Signed: 2 |t| and the sign in bit 0. Also lifts what is negative (unsigned map).
+        const I32 key = _mm512_max_epi32(is_signed ? _mm512_rol_epi32(bits(t), 1) : bits(t), word(96u << shift));
+        const I32 exponent = _mm512_srli_epi32(key, shift);
+        const I32 segment = _mm512_srli_epi32(_mm512_add_epi32(key, _mm512_permutex2var_epi32(step0, exponent, step1)), shift);
+        const F32 a = _mm512_permutexvar_ps(segment, slope), b = _mm512_permutexvar_ps(segment, icept),
+                  most = _mm512_permutexvar_ps(segment, top);
+        if constexpr (is_signed) {  // the line and its end take the sign of t
+          const F32 c = floats(_mm512_ternarylogic_epi32(bits(t), word(0x80000000), bits(b), 0xea));
+          y[j] = bits(_mm512_range_ps(fma(t, a, c), most, 2));
+        } else {
+          y[j] = bits(_mm512_min_ps(fma(floats(key), a, b), most));
+          y[j] = _mm512_add_epi32(y[j], y[j]);
+        }
       }
-      // Byte 4 i + j holds element 16 j + i. h = 128 exists for 1.0 alone, not for -1.0.
-      I32 c = interleave(h);
+      // Now the upper half of a lane is the sign, what does not count, and h in 8 bits; the lower one is the fraction.
+      // Byte 4 i + k holds element i of vector 0, 2, 1, 3. h = 128 exists for 1.0 alone, not for -1.0.
+      const auto halves = [](I32 first, I32 second) { return _mm512_mask_mov_epi16(_mm512_srli_epi32(first, 16), 0xaaaaaaaa, second); };
+      constexpr __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
+      const I32 even = halves(y[0], y[1]), rest = V == 4 ? halves(y[V - 2], y[V - 1]) : _mm512_setzero_si512();
+      I32 c = _mm512_mask_mov_epi8(even, odd, _mm512_slli_epi32(rest, 8));
       if constexpr (is_signed) {
         const I32 zero_code = _mm512_set1_epi8(127);
-        const __mmask64 negative = _mm512_test_epi8_mask(interleave(sign), _mm512_set1_epi8(1));
+        const __mmask64 negative = _mm512_movepi8_mask(_mm512_mask_mov_epi8(_mm512_srli_epi32(even, 8), odd, rest));
         const I32 least = keep_sign ? _mm512_max_epu8(c, _mm512_set1_epi8(1)) : c;
         c = _mm512_mask_sub_epi8(_mm512_add_epi8(zero_code, c), negative, zero_code, _mm512_min_epu8(least, zero_code));
       }
-      const I32 near = _mm512_shuffle_epi8(c, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+      const I32 near = _mm512_shuffle_epi8(c, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15)));
       const I32 places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
       const I32 out = _mm512_permutexvar_epi32(places, near);
       if constexpr (V == 4)

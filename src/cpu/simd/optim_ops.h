@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../convert.h"
 
@@ -77,6 +78,48 @@ template <class Isa> struct OptimMath : Isa {
   BNB_INLINE static F32 max_magnitude(F32 most, F32 x) { return __builtin_fabsf(x) > most ? __builtin_fabsf(x) : most; }
   BNB_INLINE static float greatest(F32 x) { return x; }
 };
+
+#endif
+
+#if defined(__AVX512VBMI__)
+
+// 64 codes of the signed dynamic map, which is the same on both sides of 0: the four bytes of each magnitude in tables of their own.
+class DecodeSigned {
+  __m512i plane_[4][2];
+
+ public:
+  explicit DecodeSigned(const float* value) {
+    alignas(64) uint8_t bytes[4][128];
+    for (int c = 0; c < 128; ++c)
+      for (int p = 0; p < 4; ++p) bytes[p][c] = static_cast<uint8_t>(bits_of(value[127 + c]) >> (8 * p));
+    for (int p = 0; p < 4; ++p)
+      for (int q = 0; q < 2; ++q) plane_[p][q] = _mm512_loadu_si512(bytes[p] + 64 * q);
+  }
+  BNB_INLINE void operator()(const uint8_t* codes, int64_t, float absmax, float* out) const {
+    // Dword 4 j + l goes to dword j of the 128-bit lane l, so that unpacking within lanes ends in order.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), top = _mm512_set1_epi8(-128);
+    const __m512i c = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+    const __m512i distance = _mm512_sub_epi8(c, _mm512_set1_epi8(127)), magnitude = _mm512_abs_epi8(distance);
+    const __mmask64 one = _mm512_movepi8_mask(magnitude);  // code 255, 128 above that of 0, is 1.0 = 0x3f800000
+    __m512i b[4];
+    for (int p = 0; p < 4; ++p) b[p] = _mm512_permutex2var_epi8(plane_[p][0], magnitude, plane_[p][1]);
+    b[2] = _mm512_mask_mov_epi8(b[2], one, top);
+    b[3] = _mm512_mask_mov_epi8(_mm512_ternarylogic_epi32(b[3], distance, top, 0xf8), one, _mm512_set1_epi8(0x3f));
+    const __m512 scale = _mm512_set1_ps(absmax);
+    const auto put = [&](int at, __m512i x) { _mm512_storeu_ps(out + at, _mm512_mul_ps(_mm512_castsi512_ps(x), scale)); };
+    const __m512i low01 = _mm512_unpacklo_epi8(b[0], b[1]), low23 = _mm512_unpacklo_epi8(b[2], b[3]);
+    put(0, _mm512_unpacklo_epi16(low01, low23)), put(16, _mm512_unpackhi_epi16(low01, low23));
+    const __m512i high01 = _mm512_unpackhi_epi8(b[0], b[1]), high23 = _mm512_unpackhi_epi8(b[2], b[3]);
+    put(32, _mm512_unpacklo_epi16(high01, high23)), put(48, _mm512_unpackhi_epi16(high01, high23));
+  }
+};
+// What decodes 64 codes of a state; dynamic_signed: of that map.
+template <class Isa, bool dynamic_signed>
+using DecodeStates = std::conditional_t<dynamic_signed, DecodeSigned, typename Isa::template Decode8<float, false>>;
+
+#else
+
+template <class Isa, bool dynamic_signed> using DecodeStates = typename Isa::template Decode8<float, false>;
 
 #endif
 
