@@ -61,4 +61,10 @@ int64_t optimizer_workspace(const OptimizerStep&);
 void optimizer_step(const OptimizerStep&, void* workspace, int64_t* clock, Stream);
 std::string describe_optimizer_step(const OptimizerStep&);
 
+// Memory that the current device shares with the host, page by page: there may be more of it than the device has. `free_managed` waits for
+// the device. `prefetch_managed` starts moving pages to the current device or to the host, where the device can; nothing else changes.
+void* allocate_managed(int64_t bytes);
+void free_managed(void*);
+void prefetch_managed(const void* from, int64_t bytes, bool to_host, Stream);
+
 }  // namespace bnb::cuda

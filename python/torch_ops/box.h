@@ -57,6 +57,7 @@ template <class... Rs> void box_result(StableIValue* stack, std::tuple<Rs...>&& 
   }(std::index_sequence_for<Rs...>{});
 }
 inline void box_result(StableIValue* stack, Tensor&& result) { stack[0] = torch::stable::detail::from(result); }
+inline void box_result(StableIValue* stack, int64_t result) { stack[0] = torch::stable::detail::from(result); }
 
 template <auto F> struct Boxed;
 

@@ -8,6 +8,7 @@
 
 #include "int8.h"
 #include "ops.h"
+#include "optim.h"
 
 namespace bnb::torch_ops {
 namespace {
@@ -106,6 +107,11 @@ class Cuda {
     cuda::linear_int8(d, workspace ? workspace->mutable_data_ptr() : nullptr, stream_);
   }
   void gather_columns(const GemmInt8& d, void* to) const { cuda::gather_columns(d, to, stream_); }
+  void optimizer_step(const OptimizerStep& s, int64_t* clock, auto&& allocate) const {
+    std::optional<Tensor> workspace;
+    if (const int64_t bytes = cuda::optimizer_workspace(s)) workspace = allocate(bytes);
+    cuda::optimizer_step(s, workspace ? workspace->mutable_data_ptr() : nullptr, clock, stream_);
+  }
 
  private:
   static Tensor host_tensor(int64_t size, int32_t dtype) {
@@ -120,9 +126,32 @@ class Cuda {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
+// Memory of functional.get_paged: addresses, as no tensor of torch's own may be one.
+int64_t managed_allocate(int64_t bytes, int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(cuda::allocate_managed(bytes)));
+}
+void managed_free(int64_t address) { cuda::free_managed(reinterpret_cast<void*>(static_cast<uintptr_t>(address))); }
+void managed_prefetch(const Tensor& t, bool to_cpu) {
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  cuda::prefetch_managed(t.const_data_ptr(), t.numel() * item_size(t.scalar_type()), to_cpu, current_stream(t.get_device_index()));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bitsandbytes, m) {
+  m.def("managed_allocate(int bytes, int device) -> int");
+  m.def("managed_free(int address) -> ()");
+  m.def("managed_prefetch(Tensor t, bool to_cpu) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CompositeExplicitAutograd, m) {
+  m.impl("managed_allocate", Boxed<managed_allocate>::call);
+  m.impl("managed_free", Boxed<managed_free>::call);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
   register_kernels<Cuda>(m);
   register_int8<Cuda>(m);
+  register_optimizers<Cuda>(m);
+  m.impl("managed_prefetch", Boxed<managed_prefetch>::call);
 }
 
 }  // namespace

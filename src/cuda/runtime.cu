@@ -32,6 +32,29 @@ int device_count() {
   return 0;
 }
 
+void* allocate_managed(int64_t bytes) {
+  if (bytes <= 0) throw Error(Errc::invalid_argument, "allocate_managed: bytes is " + std::to_string(bytes) + ", expected more than 0");
+  void* memory = nullptr;
+  check("allocate_managed", cudaMallocManaged(&memory, static_cast<size_t>(bytes)));
+  return memory;
+}
+
+void free_managed(void* memory) { check("free_managed", cudaFree(memory)); }
+
+void prefetch_managed(const void* from, int64_t bytes, bool to_host, Stream stream) {
+  int possible = 0, index = dev::device().index;
+  check("prefetch_managed", cudaDeviceGetAttribute(&possible, cudaDevAttrConcurrentManagedAccess, index));
+  if (!possible || bytes <= 0) return;
+  const auto size = static_cast<size_t>(bytes);
+  const auto on = static_cast<cudaStream_t>(stream);
+#if CUDART_VERSION >= 13000
+  const cudaMemLocation to = {to_host ? cudaMemLocationTypeHost : cudaMemLocationTypeDevice, to_host ? 0 : index};
+  check("prefetch_managed", cudaMemPrefetchAsync(from, size, to, 0, on));
+#else
+  check("prefetch_managed", cudaMemPrefetchAsync(from, size, to_host ? cudaCpuDeviceId : index, on));
+#endif
+}
+
 namespace dev {
 
 const Device& device() {

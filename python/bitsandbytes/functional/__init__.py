@@ -33,6 +33,7 @@ from .int8 import (
     int8_vectorwise_quant,
 )
 from .optim import optimizer_update_8bit_blockwise, optimizer_update_32bit
+from .paged import FIRST_CUDA_DEVICE, CUBLAS_Context, GlobalPageManager, get_paged, prefetch_tensor
 from .quant_state import QuantState
 from .sparse import (
     COOSparseTensor,
@@ -46,9 +47,12 @@ from .sparse import (
 )
 
 __all__ = [
+    "FIRST_CUDA_DEVICE",
     "COOSparseTensor",
     "CSCSparseTensor",
     "CSRSparseTensor",
+    "CUBLAS_Context",
+    "GlobalPageManager",
     "QuantState",
     "_convert_weight_packed_for_cpu",
     "_convert_weight_packed_for_cpu_inverse",
@@ -68,6 +72,7 @@ __all__ = [
     "dequantize_no_absmax",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
     "get_ptr",
     "has_avx512bf16",
     "igemm",
@@ -82,6 +87,7 @@ __all__ = [
     "optimizer_update_8bit_blockwise",
     "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "prefetch_tensor",
     "quantize",
     "quantize_4bit",
     "quantize_blockwise",
