@@ -6,7 +6,7 @@ follow from its time. `reach` is the ratio to reach: time of the reference / tim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ FLAT = 1 << 22
 class Case:
     name: str
     make: Callable[[], Call]  # prepares the data, gives the call to be timed
-    # The limit it is held against: read, copy, cache, fresh32, fresh64 (bytes), fma, bf16, int8
+    # The limit it is held against: read, copy, update, cache, fresh32, fresh64 (bytes), fma, bf16, int8
     # (operations), "" (the call).
     bound: str = ""
     bytes: float = 0
@@ -286,6 +286,56 @@ def float_route8(m: int, reach: float) -> Case:
     return Case(f"fp32 route M={m}", make, "", size, flops, reach, f"Linear8bitLt bf16 4096x4096 M={m}")
 
 
+# Bytes of state an element, read and written: fp32, or codes.
+STATES = {"Adam": 2, "AdamW": 2, "Lion": 1, "SGD": 1, "RMSprop": 1, "AdEMAMix": 3}
+MANY = [1 << 14] * 200
+MIXED = [(64 << (i % 12)) + 31 * (i % 5) for i in range(500)]
+OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"lr": 1e-3, "momentum": 0.9}, "AdamW": {"weight_decay": 0.01}}
+
+
+def _parameters(sizes: Sequence[int], dtype: str) -> list[Any]:
+    import torch
+
+    made = []
+    for size in sizes:
+        p = torch.nn.Parameter(_randn(size, dtype=dtype))
+        p.grad = _randn(size, dtype=dtype) * 1e-3
+        made.append(p)
+    return made
+
+
+def _optimizer_name(name: str, dtype: str, sizes: Sequence[int]) -> str:
+    if len(sizes) == 1:
+        return f"{name} {'4M' if sizes[0] == FLAT else sizes[0]} {dtype}"
+    return f"{name} {len(sizes)} tensors" + (f" of {sizes[0]}" if len(set(sizes)) == 1 else "")
+
+
+def optimizer(name: str, dtype: str, reach: float | None, sizes: Sequence[int] = (FLAT,), versus: str = "") -> Case:
+    """A step of all tensors. `versus`: of a tensor of all their elements instead."""
+
+    def make() -> Call:
+        import bitsandbytes as bnb
+
+        family = name.removesuffix("8bit")
+        made: Any = getattr(bnb.optim, name)(_parameters(sizes, dtype), **OPTIONS.get(family, {}))
+        return made.step  # type: ignore[no-any-return]
+
+    eight = name.endswith("8bit")
+    element = 3 * SIZE[dtype] + (2 if eight else 8) * STATES[name.removesuffix("8bit")]
+    bound = "" if eight or len(sizes) > 1 else "update"
+    return Case(_optimizer_name(name, dtype, sizes), make, bound, sum(sizes) * element, reach=reach, versus=versus)
+
+
+def torch_adamw(reach: float) -> Case:
+    def make() -> Call:
+        import torch
+
+        made = torch.optim.AdamW(_parameters([FLAT], "fp32"), fused=True)
+        return made.step
+
+    return Case("torch AdamW fused", make, "", FLAT * 28, reach=reach, versus=_optimizer_name("AdamW", "fp32", [FLAT]))
+
+
 CASES: tuple[Case, ...] = (
     quantize("nf4", "bf16", False, 80),
     quantize("nf4", "fp32", False, 70),
@@ -319,6 +369,16 @@ CASES: tuple[Case, ...] = (
     linear8("bf16", 8, None, bound="cache"),
     *(linear8("bf16", m, reach, bound="int8") for m, reach in ((32, 3.5), (128, 1.9), (512, 1.5))),
     linear8("bf16", 1, 8, n=64, k=64),
+    optimizer("Adam", "fp32", 2.5),
+    optimizer("AdamW", "fp32", None),
+    *(optimizer(name, "fp32", 20) for name in ("Adam8bit", "AdamW8bit")),
+    optimizer("AdamW8bit", "bf16", 20),
+    *(optimizer(name, "fp32", 15) for name in ("Lion8bit", "SGD8bit", "RMSprop8bit", "AdEMAMix8bit")),
+    optimizer("AdamW8bit", "fp32", 15, MANY),
+    optimizer("AdamW", "fp32", 4, MANY),
+    optimizer("AdamW8bit", "fp32", None, MIXED),
+    torch_adamw(1),
+    optimizer("AdamW8bit", "fp32", 1 / 1.2, [sum(MIXED)], _optimizer_name("AdamW8bit", "fp32", MIXED)),
     *(float_route8(m, 4) for m in (1, 32, 128, 512)),
     *(torch_linear(m, 1 if m <= 32 else 0.95) for m in (1, 8, 32, 128, 512)),
     *(dequantize_then_linear("bf16", m, 1) for m in (1, 8, 32, 128, 512)),

@@ -192,8 +192,71 @@ def _linear8(m: int, n: int, k: int) -> Case:
     return Case(f"int8_linear bf16 {n}x{k} M={m}", make, call, moved, 2.0 * m * n * k, of, reach)
 
 
+def optimizer_cases(n: int = FLAT, tensors: int = 500) -> Iterator[Case]:
+    for name, states, dtype in (("adam", 2, "bf16"), ("adam", 2, "fp32"), ("lion", 1, "bf16")):
+        yield _plain_step(name, states, dtype, n)
+        yield _coded_step(name, states, dtype, n)
+    yield _many_steps("bf16", n, tensors)
+
+
+def _parameter(n: int, dtype: str, device: torch.device) -> Tensors:
+    return _flat(n, dtype, device), _flat(n, dtype, device)
+
+
+def _plain_step(name: str, states: int, dtype: str, n: int) -> Case:
+    def make(device: torch.device) -> Tensors:
+        return (*_parameter(n, dtype, device), *(torch.rand(n, device=device) for _ in range(states)))
+
+    def call(g: torch.Tensor, p: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> None:
+        numbers = (0.0, 0.0, 0.9, 0.999, 0.0, 0.0, 1e-8, 0.01, 7, 1e-2, 1.0)
+        ops.optimizer_update_32bit(name, g, p, first, second, None, *numbers)
+
+    return Case(f"{name} 32-bit {dtype}", make, call, n * (3 * FLOATS[dtype].itemsize + 8 * states), reach=0.9)
+
+
+def _coded(n: int, device: torch.device) -> Tensors:
+    return torch.randint(128, 256, (n,), device=device, dtype=torch.uint8), torch.rand(-(-n // 256), device=device)
+
+
+def _coded_step(name: str, states: int, dtype: str, n: int) -> Case:
+    def make(device: torch.device) -> Tensors:
+        maps = (F.create_dynamic_map(signed).to(device) for signed in (True, False)[:states])
+        return (*_parameter(n, dtype, device), *(t for own in maps for t in (*_coded(n, device), own)))
+
+    def call(g: torch.Tensor, p: torch.Tensor, *own: torch.Tensor) -> None:
+        codes, absmax, maps = ([*own[i::3], None][:2] for i in range(3))
+        numbers = (0.9, 0.999, 0.0, 0.0, 1e-8, 7, 1e-2)
+        ops.optimizer_update_8bit_blockwise(name, g, p, *codes, *numbers, *maps, *absmax, 0.01, 1.0)
+
+    moved = n * (3 * FLOATS[dtype].itemsize + 2 * states) + 8 * states * -(-n // 256)
+    return Case(f"{name} 8-bit {dtype}", make, call, moved, reach=0.8)
+
+
+def _many_steps(dtype: str, n: int, tensors: int) -> Case:
+    """A group of many tensors in one call, held against one tensor of their sum."""
+    size, left = n // tensors // 256 * 256, tensors // 2
+    sizes = [size // 2] * left + [size + size // 2] * left + [size] * (tensors % 2)
+    sizes[-1] += n - sum(sizes)
+
+    def make(device: torch.device) -> Tensors:
+        maps = (F.create_dynamic_map(signed).to(device) for signed in (True, False))
+        own = ((*_parameter(m, dtype, device), *_coded(m, device), *_coded(m, device)) for m in sizes)
+        return (*maps, *(t for parameter in own for t in parameter))
+
+    def call(first: torch.Tensor, second: torch.Tensor, *own: torch.Tensor) -> None:
+        g, p, state1, absmax1, state2, absmax2 = (list(own[i::6]) for i in range(6))
+        steps = [7] * tensors
+        numbers = (1e-2, 0.9, 0.999, 0.0, 0.0, 1e-8, 0.01)
+        ops.optimizer_step("adam", p, g, state1, state2, absmax1, absmax2, [], first, second, steps, *numbers)
+
+    of = _coded_step("adam", 2, dtype, n)
+    return Case(
+        f"optimizer_step adam 8-bit {dtype}, {tensors} tensors", make, call, of.bytes, of=of.name, reach=1 / 1.2
+    )
+
+
 def all_cases() -> list[Case]:
-    return [*block_cases(), *product_cases(), *int8_cases()]
+    return [*block_cases(), *product_cases(), *int8_cases(), *optimizer_cases()]
 
 
 def copy_case(n: int = 1 << 29) -> Case:
@@ -271,7 +334,10 @@ def worker(pattern: str, duration: float, with_limits: bool) -> None:
         print(json.dumps(line), flush=True)
 
     emit(info={"bitsandbytes": bnb.__version__, "torch": torch.__version__, "path": str(Path(bnb.__file__).parent)})
-    cases = [c for c in all_cases() if hasattr(ops, "int8_linear") or not c.name.startswith("int8_linear bf16")]
+    cases = all_cases()
+    for own, name in (("int8_linear", "int8_linear bf16"), ("optimizer_step", "optimizer_step")):
+        if not hasattr(ops, own):
+            cases = [c for c in cases if not c.name.startswith(name)]
     if with_limits:
         cases.insert(0, copy_case())
     for case in cases:

@@ -1,9 +1,10 @@
 // What this machine can do, for the percentages of the benchmark: prints one JSON object
-//   {"threads": {"1": {"read": x, "copy": x, "write": x, "cache": x, "fresh32": x, "fresh64": x, "fma": y, "bf16": y,
+//   {"threads": {"1": {"read": x, "copy": x, "write": x, "update": x, "cache": x, "fresh32": x, "fresh64": x, "fma": y, "bf16": y,
 //                      "int8": y}, "2": {...}},
 //    "fma_isa": "avx512f", "bf16_isa": "amx", "int8_isa": "amx"}                        x in GB/s, y in 10^9 operations/s
 // read   reading 256 MiB                        write  non-temporal stores to 256 MiB of mapped pages
 // fresh  writing 32 and 64 MiB that were not mapped before, in huge pages, mapping and unmapping included
+// update changing 64 MiB in place again and again, read + written (the states of an optimizer step)
 // copy   non-temporal copy, read + written      cache  reading 8 MiB again and again (the weights of one 4096x4096 4-bit layer)
 // fma    fp32 multiply-adds in registers        bf16   the best of fma, vdpbf16ps and tdpbf16ps, products of bf16 with fp32 sums
 // int8   the best of vpmaddwd, vpdpbusd and tdpbssd, products of int8 with int32 sums
@@ -33,7 +34,7 @@
 
 namespace {
 
-constexpr size_t kBytes = size_t{256} << 20, kCacheBytes = size_t{8} << 20, kHugePage = size_t{2} << 20;
+constexpr size_t kBytes = size_t{256} << 20, kCacheBytes = size_t{8} << 20, kUpdateBytes = size_t{64} << 20, kHugePage = size_t{2} << 20;
 constexpr size_t kAhead = 8192;  // bytes between a prefetch and its use
 constexpr int64_t kSteps = 1 << 19;
 
@@ -290,6 +291,10 @@ int main(int argc, char** argv) {
     const double read = rate(1, kBytes, 7, [&](Range r) { sum += m.read(a.get() + r.begin, r.end - r.begin); });
     const double write = rate(1, kBytes, 7, [&](Range r) { m.write(b.get() + r.begin, r.end - r.begin); });
     const double copy = rate(2, kBytes, 7, [&](Range r) { m.copy(b.get() + r.begin, a.get() + r.begin, r.end - r.begin); });
+    const double update = rate(2, kUpdateBytes, 15, [&](Range r) {
+      auto* x = reinterpret_cast<uint64_t*>(b.get() + r.begin);
+      for (size_t i = 0; i < (r.end - r.begin) / sizeof *x; ++i) x[i] += 1;
+    });
     constexpr int kTurns = 32;
     const double cache = rate(kTurns, kCacheBytes, 7, [&](Range r) {
       for (int i = 0; i < kTurns; ++i) sum += m.read(a.get() + r.begin, r.end - r.begin);
@@ -310,9 +315,9 @@ int main(int argc, char** argv) {
     const double fresh32 = fresh(size_t{32} << 20), fresh64 = fresh(size_t{64} << 20);
     const double fma = peak(m.fma), bf16 = std::max(fma, peak(m.bf16)), int8 = peak(m.int8);
     std::printf(
-        "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"cache\": %.2f, \"fresh32\": %.2f, \"fresh64\": %.2f, \"fma\": %.1f, "
+        "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"update\": %.2f, \"cache\": %.2f, \"fresh32\": %.2f, \"fresh64\": %.2f, \"fma\": %.1f, "
         "\"bf16\": %.1f, \"int8\": %.1f}",
-        c ? ", " : "", n, read, copy, write, cache, fresh32, fresh64, fma, bf16, int8);
+        c ? ", " : "", n, read, copy, write, update, cache, fresh32, fresh64, fma, bf16, int8);
   }
   std::printf("}, \"fma_isa\": \"%s\", \"bf16_isa\": \"%s\", \"int8_isa\": \"%s\"}\n", m.fma_isa.c_str(), m.bf16_isa.c_str(),
               m.int8_isa.c_str());
