@@ -36,6 +36,21 @@ def test_every_case_runs_and_moves_what_it_says() -> None:
     assert len({case.name for case in cases}) == len(cases)
 
 
+def test_optimizer_cases_change_what_they_say() -> None:
+    """g, p, then codes, absmax and map or a plain state: all but g and maps are read and written."""
+    for case in gpu.optimizer_cases(1 << 13, 5):
+        tensors = case.make(CPU)
+        before = [t.clone() for t in tensors]
+        case.call(*tensors)
+        bytes_of = [t.numel() * t.element_size() for t in tensors]
+        changed = [not torch.equal(t, b) for t, b in zip(tensors, before, strict=True)]
+        maps = [t.numel() == 256 and t.dtype == torch.float32 and len(t) > 0 and t[-1] == 1 for t in tensors]
+        gradients = [i for i, (c, m) in enumerate(zip(changed, maps, strict=True)) if not c and not m]
+        assert len(gradients) == (5 if "5 tensors" in case.name else 1), case.name
+        moved = sum(2 * b for b, c in zip(bytes_of, changed, strict=True) if c) + sum(bytes_of[i] for i in gradients)
+        assert moved == case.bytes, case.name
+
+
 def test_cases_are_those_of_the_table() -> None:
     for n, k in gpu.SHAPES:
         for m in gpu.BATCHES:
