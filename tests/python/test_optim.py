@@ -1,4 +1,4 @@
-"""The operators of the optimizers: every rule against its paper in doubles, and plain torch against the native bytes."""
+"""The operators of the optimizers: every rule against its paper in doubles, plain torch against the native bytes."""
 
 from __future__ import annotations
 

@@ -27,12 +27,12 @@ class Flat:
     def __call__(self, name: str, x: Tensor) -> Tensor:
         check.tensor(self.op, name, x)
         more = x.dim() - self.p.dim()
-        if (self.p.is_contiguous() and x.is_contiguous()) or not 0 <= more <= 1 or x.shape[more:] != self.p.shape:
+        if not 0 <= more <= 1 or x.shape[more:] != self.p.shape:
             return x
-        rows = x.permute([*range(more), *(d + more for d in self.order)])
-        if not rows.is_contiguous():
-            rows = rows.contiguous()
-            self.copies.append((x.permute([*range(more), *(d + more for d in self.order)]), rows))
+        ordered = x.permute([*range(more), *(d + more for d in self.order)])
+        rows = ordered.contiguous()
+        if rows is not ordered and name != "g":
+            self.copies.append((ordered, rows))
         return rows.view(-1)
 
     def write_back(self) -> None:
