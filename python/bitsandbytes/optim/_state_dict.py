@@ -27,7 +27,7 @@ def unwrap(entry: Mapping[Any, Any]) -> dict[Any, Any]:
     return outer | dict(entry.get(QUANT_STATE_KEY, {}))
 
 
-def _is_mapping(name: str, value: Any) -> None:
+def is_mapping(name: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         raise ValueError(f"{_OP}: {name} is {type(value).__name__}, expected a dict")
 
@@ -40,7 +40,7 @@ def checked_groups(groups: list[dict[str, Any]], saved: Any, defaults: Mapping[s
         raise ValueError("loaded state dict has a different number of parameter groups")
     result = []
     for i, (group, given) in enumerate(zip(groups, saved, strict=True)):
-        _is_mapping(f"param_groups[{i}]", given)
+        is_mapping(f"param_groups[{i}]", given)
         if "params" not in given:
             raise ValueError(f"{_OP}: param_groups[{i}].params is missing, expected the numbers of parameters")
         if len(given["params"]) != len(group["params"]):
@@ -72,8 +72,8 @@ def _tensor(name: str, entry: Mapping[str, Any], key: str) -> Tensor:
 
 def checked_state(name: str, saved: Any, rule: str, like: Tensor, first_shape: tuple[int, ...]) -> dict[str, Any]:
     """The state of one parameter, if it can be one: `like` has its shape, `first_shape` is that of state1."""
-    _is_mapping(name, saved)
-    _is_mapping(f"{name}.{QUANT_STATE_KEY}", saved.get(QUANT_STATE_KEY, {}))
+    is_mapping(name, saved)
+    is_mapping(f"{name}.{QUANT_STATE_KEY}", saved.get(QUANT_STATE_KEY, {}))
     entry = unwrap(saved)
     if not entry:
         return entry

@@ -17,7 +17,7 @@ from ..functional.codebooks import create_dynamic_map
 from ..functional.paged import paged_strided, prefetch_tensor
 from ._batch import Batch, State, batches_of, local_part, same
 from ._manager import GlobalOptimManager
-from ._state_dict import QUANT_STATE_KEY, checked_groups, checked_state, wrap
+from ._state_dict import QUANT_STATE_KEY, checked_groups, checked_state, is_mapping, wrap
 
 __all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
 
@@ -123,6 +123,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             if key not in state_dict:
                 raise ValueError(f"load_state_dict: {key} is missing, expected what state_dict() gives")
         groups = checked_groups(self.param_groups, state_dict["param_groups"], self.defaults)
+        is_mapping("state", state_dict["state"])
         numbers = chain.from_iterable(group["params"] for group in groups)
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         by_number = dict(zip(numbers, params, strict=True))
@@ -234,7 +235,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                     f"{type(self).__name__}: a gradient of group {gindex} is sparse, expected dense ones"
                 )
             plan = self._plan(gindex, group, params)
-            if self.is_paged and not torch.cuda.is_current_stream_capturing():
+            if self.is_paged and params[0].is_cuda and not torch.cuda.is_current_stream_capturing():
                 for p in params:
                     self.prefetch_state(p)
             for batch in plan.batches:
