@@ -12,7 +12,7 @@ import torch
 from torch.library import register_fake, register_kernel
 
 from . import _checks as check
-from . import _ops_int8
+from . import _ops_int8, _ops_optim
 
 __all__ = ["SCHEMAS", "register_fake", "register_kernel"]
 
@@ -40,7 +40,7 @@ SCHEMAS = {
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"bitsandbytes::{_name}", _schema)
 
-SCHEMAS |= _ops_int8.SCHEMAS  # defined there
+SCHEMAS |= _ops_int8.SCHEMAS | _ops_optim.SCHEMAS  # defined there
 
 
 def check_packed(op: str, name: str, packed: torch.Tensor, n: int) -> None:
