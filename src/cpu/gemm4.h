@@ -4,6 +4,7 @@
 #include "gemm4_amx.h"
 #include "gemm4_dot.h"
 #include "gemm4_row.h"
+#include "gemm4_row16.h"
 
 namespace bnb::cpu {
 namespace {
@@ -35,9 +36,16 @@ template <class Isa, class T> struct RowProductOf {
 };
 #if defined(__AVX512F__)
 template <class Isa, class T>
-  requires(!has_bf16_dot<Isa>)
+  requires(!has_bf16_dot<Isa> && !(has_tiles<Isa> && sizeof(T) == 2))
 struct RowProductOf<Isa, T> {
   using type = RowGemm<Isa, T>;
+};
+#endif
+#if defined(__AMX_BF16__)
+template <class Isa, class T>
+  requires(has_tiles<Isa> && sizeof(T) == 2)
+struct RowProductOf<Isa, T> {
+  using type = IntRowGemm<Isa, T>;
 };
 #endif
 

@@ -68,11 +68,18 @@ template <class Isa, class Math> class Decoder {
       const auto* next = reinterpret_cast<const char*>(blocks + (count * d_.k >> shift_));
       for (int64_t i = 0; i < (count * d_.k >> shift_) * 4; i += 64) __builtin_prefetch(next + i, 0, 2);
     }
+    constexpr int64_t unit = layout == Layout::groups ? kGroup : kGroup / 2;
+    if (layout != Layout::anywhere && d_.blocksize == unit) {  // absmax as it lies there
+      const int64_t inside = smaller(count, d_.n - n), units = d_.k / unit;
+      const uint8_t* codes = d_.codes.data() + n * d_.k / 2;
+      for (int64_t i = 0; i < inside; ++i) to[i] = {codes + i * (d_.k / 2), blocks + i * units};
+      for (int64_t i = inside; i < count; ++i) to[i] = to[inside - 1];
+      return;
+    }
     for (int64_t i = 0; i < count; ++i, scratch += row_halves(d_)) {
       const int64_t begin = smaller(n + i, d_.n - 1) * d_.k, offset = begin & (d_.blocksize - 1);
       const float* own = blocks + ((begin >> shift_) - first);
-      constexpr int64_t unit = layout == Layout::groups ? kGroup : kGroup / 2;
-      if (layout != Layout::anywhere && d_.blocksize != unit) {
+      if (layout != Layout::anywhere) {
         for (int64_t j = 0; j * unit < d_.k; ++j) scratch[j] = own[(offset + j * unit) >> shift_];
         own = scratch;
       }

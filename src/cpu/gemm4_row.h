@@ -12,6 +12,24 @@
 namespace bnb::cpu {
 namespace {
 
+// y[n .. n + 16) = sums + bias, without what lies beyond n.
+template <class Isa, class T> void write_row(const Gemm4bit& d, int64_t n, const float* sums) {
+  T* to = static_cast<T*>(d.out.data) + n;
+  const int64_t count = smaller(Isa::lanes, d.n - n);
+  alignas(64) float bias[Isa::lanes];
+  load_bias(d.bias, n, bias);
+  const __m512 y = _mm512_add_ps(_mm512_load_ps(sums), _mm512_load_ps(bias));
+  if (count == Isa::lanes) return Isa::store(to, y);
+  T out[Isa::lanes];
+  Isa::store(out, y);
+  std::memcpy(to, out, static_cast<size_t>(count) * sizeof(T));
+}
+
+// absmax[0] in the lower half, absmax[second] in the upper one.
+BNB_INLINE __m512 two_scales(const float* absmax, int64_t second) {
+  return _mm512_mask_broadcastss_ps(_mm512_set1_ps(absmax[0]), 0xff00, _mm_load_ss(absmax + second));
+}
+
 template <class Isa, class T> class RowGemm {
   static constexpr int columns_at_once = 4, vectors = 8;
   static constexpr int64_t step = 2 * kGroup, ahead = 8192;  // weights at a time; bytes of codes between their prefetch and their use
@@ -46,7 +64,7 @@ template <class Isa, class T> class RowGemm {
         decoder.template rows<Layout::groups>(n + j, columns_at_once, static_cast<float*>(scratch.data()), rows);
         columns_of(decoder.table(), rows, d.k, static_cast<const float*>(packed), sums + j);
       }
-      write(d, n, sums);
+      write_row<Isa, T>(d, n, sums);
     }
   }
 
@@ -66,7 +84,7 @@ template <class Isa, class T> class RowGemm {
       __m512 block[columns_at_once];
       multiply(values, eight, x, block);
 #pragma GCC unroll 4
-      for (int j = 0; j < columns_at_once; ++j) sum[j] = _mm512_fmadd_ps(block[j], scale(rows[j].absmax + 2 * i, 1), sum[j]);
+      for (int j = 0; j < columns_at_once; ++j) sum[j] = _mm512_fmadd_ps(block[j], two_scales(rows[j].absmax + 2 * i, 1), sum[j]);
     }
     if (k % step != 0) {  // one group: that of rows j and j + 1 in the halves of a vector
       __m512i eight[columns_at_once / 2];
@@ -80,7 +98,7 @@ template <class Isa, class T> class RowGemm {
 #pragma GCC unroll 2
       for (int j = 0; j < columns_at_once / 2; ++j) {
         const float *first = rows[2 * j].absmax + 2 * whole, *second = rows[2 * j + 1].absmax + 2 * whole;
-        const __m512 product = _mm512_mul_ps(block[j], scale(first, second - first));
+        const __m512 product = _mm512_mul_ps(block[j], two_scales(first, second - first));
         sum[2 * j] = _mm512_mask_add_ps(sum[2 * j], 0x00ff, sum[2 * j], product);
         sum[2 * j + 1] = _mm512_mask_add_ps(sum[2 * j + 1], 0xff00, sum[2 * j + 1], product);
       }
@@ -102,24 +120,6 @@ template <class Isa, class T> class RowGemm {
         block[j] = v == 0 ? _mm512_mul_ps(w, xv) : _mm512_fmadd_ps(w, xv, block[j]);
       }
     }
-  }
-
-  // y[n .. n + 16) = sums + bias, without what lies beyond n.
-  static void write(const Gemm4bit& d, int64_t n, const float* sums) {
-    T* to = static_cast<T*>(d.out.data) + n;
-    const int64_t count = smaller(Isa::lanes, d.n - n);
-    alignas(64) float bias[Isa::lanes];
-    load_bias(d.bias, n, bias);
-    const __m512 y = _mm512_add_ps(_mm512_load_ps(sums), _mm512_load_ps(bias));
-    if (count == Isa::lanes) return Isa::store(to, y);
-    T out[Isa::lanes];
-    Isa::store(out, y);
-    std::memcpy(to, out, static_cast<size_t>(count) * sizeof(T));
-  }
-
-  // absmax[0] in the lower half, absmax[second] in the upper one.
-  BNB_INLINE static __m512 scale(const float* absmax, int64_t second) {
-    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(absmax[0]), 0xff00, _mm_load_ss(absmax + second));
   }
 };
 
