@@ -289,7 +289,7 @@ def float_route8(m: int, reach: float) -> Case:
 # Bytes of state an element, read and written: fp32, or codes.
 STATES = {"Adam": 2, "AdamW": 2, "Lion": 1, "SGD": 1, "RMSprop": 1, "AdEMAMix": 3}
 MANY = [1 << 14] * 200
-MIXED = [(64 << (i % 12)) + 31 * (i % 5) for i in range(500)]
+MIXED = [(64 << (i % 14)) + 31 * (i % 5) for i in range(500)]
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"lr": 1e-3, "momentum": 0.9}, "AdamW": {"weight_decay": 0.01}}
 
 

@@ -218,6 +218,7 @@ template <class Isa> struct Optimize {
 #pragma GCC unroll 3
           for (int k = 0; k < Rule::states; ++k) {
             const uint8_t* codes = s.at(k, now.size()) + i;
+            if constexpr (Isa::lanes > 1) Isa::prefetch(codes);
             k == Rule::second_moment ? second.decode(codes, kPart, *s.absmax[k], at[k] + i)
                                      : first.decode(codes, kPart, *s.absmax[k], at[k] + i);
           }
@@ -249,6 +250,8 @@ template <class Isa> struct Optimize {
   BNB_INLINE static void advance(const Elements& e, float* const (&at)[Rule::states], int i, const Hyper& h, float rate,
                                  F32 (&most)[Rule::states]) {
     float* p = e.p();
+    if constexpr (Isa::lanes > 1)
+      for (int j = 0; j < kPart; j += 16) Isa::prefetch(p + i + j);
     for (const int end = i + kPart; i < end; i += Isa::lanes) {
       const Moved<Rule, quick> x(p, e.g(), at, i, h);
       Isa::store(p + i, x.stepped(h, rate));

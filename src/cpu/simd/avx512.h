@@ -316,13 +316,21 @@ struct Avx512Bf16 : Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
   }
 
+  // byte p of each value to bytes[p]
+  template <int count> BNB_INLINE static void split(const float* value, uint8_t (&bytes)[4][count]) {
+    for (int c = 0; c < count; c += 16)
+      for (int p = 0; p < 4; ++p) {
+        const __m128i part = _mm512_cvtepi32_epi8(_mm512_srli_epi32(load_all(value + c), static_cast<unsigned>(8 * p)));
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes[p] + c), part);
+      }
+  }
+
   // The four bytes of each value in tables of their own, in registers: a gather takes several times as long on some machines.
   template <class T, bool stream> struct Decode8 {
     I32 plane[4][4];
     explicit Decode8(const float* value) {
       alignas(64) uint8_t bytes[4][256];
-      for (int c = 0; c < 256; ++c)
-        for (int p = 0; p < 4; ++p) bytes[p][c] = static_cast<uint8_t>(bits_of(value[c]) >> (8 * p));
+      split(value, bytes);
       for (int p = 0; p < 4; ++p)
         for (int q = 0; q < 4; ++q) plane[p][q] = load_all(bytes[p] + 64 * q);
     }

@@ -90,8 +90,7 @@ class DecodeSigned {
  public:
   explicit DecodeSigned(const float* value) {
     alignas(64) uint8_t bytes[4][128];
-    for (int c = 0; c < 128; ++c)
-      for (int p = 0; p < 4; ++p) bytes[p][c] = static_cast<uint8_t>(bits_of(value[127 + c]) >> (8 * p));
+    Avx512Bf16::split(value + 127, bytes);
     for (int p = 0; p < 4; ++p)
       for (int q = 0; q < 2; ++q) plane_[p][q] = _mm512_loadu_si512(bytes[p] + 64 * q);
   }
