@@ -1,7 +1,7 @@
 """Which tensors of a parameter group go through the operator together, remembered from step to step."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +10,12 @@ from torch import Tensor
 
 from .._ops_optim import TWO_STATES
 from ..functional.optim import Flat
+from ._place import Place
+from ._sharding import Shards
 
 State = dict[str, Any]
 
 _TENSORS = ("state1", "state2", "absmax1", "absmax2", "unorm_vec")
-
-
-def local_part(x: Tensor) -> tuple[Tensor, int]:
-    """The part of a tensor that this process holds, and the place of its first element in the whole."""
-    return x, 0
 
 
 def is_plain(p: Tensor) -> bool:
@@ -40,6 +37,7 @@ class Batch:
     states: list[State] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # among the parameters of the group that have gradients
     tensors: dict[str, list[Tensor]] = field(default_factory=dict)  # by key of the state
+    shards: Shards | None = None  # if the parameters are sharded
     clock: Tensor | None = None  # counts the steps of a captured graph
     captured: bool = False
 
@@ -70,11 +68,20 @@ class Batch:
     def run(self, numbers: Sequence[Any], grads: Sequence[Tensor]) -> None:
         steps = [state["step"] + 1 for state in self.states]
         clock = self._clock()
+        if self.shards is not None:
+            lists = self.shards.lists(grads, steps)
+            self._call(numbers, lists.p, lists.g, lists.tensors, lists.steps, lists.offsets, clock)
+            self.shards.after(lists)
+            self._count(steps, clock)
+            return
         plain = all(map(is_plain, self.params)) and all(p.is_contiguous() for p in self.params)
         if plain and all(g.is_contiguous() for g in grads):
             self._call(numbers, self.params, grads, self.tensors, steps, [], clock)
         else:
             self._run_flat(numbers, grads, steps, clock)
+        self._count(steps, clock)
+
+    def _count(self, steps: Sequence[int], clock: Tensor | None) -> None:
         torch.autograd.graph.increment_version(self.params)
         if clock is None:
             for state, step in zip(self.states, steps, strict=True):
@@ -83,18 +90,16 @@ class Batch:
     def _run_flat(
         self, numbers: Sequence[Any], grads: Sequence[Tensor], steps: list[int], clock: Tensor | None
     ) -> None:
-        """The same with the local parts of tensors, as rows in the order of their states."""
+        """The same with rows in the order of their states."""
         op, reference = "optimizer_step", "state2" if self.rule in TWO_STATES else "state1"
-        tensors = {key: [local_part(x)[0] for x in found] for key, found in self.tensors.items()}
+        tensors = dict(self.tensors)
         orders = [Flat(op, x) for x in tensors[reference]]
-        parts = [local_part(p) for p in self.params]
-        p = [flat("p", part) for flat, (part, _) in zip(orders, parts, strict=True)]
-        g = [flat("g", local_part(x)[0]) for flat, x in zip(orders, grads, strict=True)]
+        p = [flat("p", x) for flat, x in zip(orders, self.params, strict=True)]
+        g = [flat("g", x) for flat, x in zip(orders, grads, strict=True)]
         for key in ("state1", "state2"):
             if key in tensors:
                 tensors[key] = [flat(key, x) for flat, x in zip(orders, tensors[key], strict=True)]
-        offsets = [offset for _, offset in parts]
-        self._call(numbers, p, g, tensors, steps, offsets if any(offsets) else [], clock)
+        self._call(numbers, p, g, tensors, steps, [], clock)
         for flat in orders:
             flat.write_back()
 
@@ -120,11 +125,14 @@ class Batch:
         return self.clock if self.captured else None
 
 
-def batches_of(gindex: int, rule: str, entries: Sequence[tuple[int, Tensor, State, Any]]) -> list[Batch]:
-    """Splits (place in the group, parameter, state, options of its own) by device, options and maps."""
+def batches_of(
+    gindex: int, rule: str, entries: Sequence[tuple[int, Tensor, State, Any]], places: Mapping[int, Place]
+) -> list[Batch]:
+    """Splits (place in the group, parameter, state, options of its own) by device, options, shards and maps."""
     found: dict[Any, Batch] = {}
-    for place, (pindex, p, state, options) in sorted(enumerate(entries), key=lambda entry: "qmap1" not in entry[1][2]):
-        shared = (p.device, repr(sorted(options.items())))
+    for at, (pindex, p, state, options) in sorted(enumerate(entries), key=lambda entry: "qmap1" not in entry[1][2]):
+        group = (places[id(p)].group,) if id(p) in places else ()
+        shared = (p.device, repr(sorted(options.items())), group)
         if "qmap1" in state:
             key = (shared, id(state["qmap1"]), id(state.get("qmap2")))
         else:  # goes along with any maps
@@ -132,7 +140,9 @@ def batches_of(gindex: int, rule: str, entries: Sequence[tuple[int, Tensor, Stat
         batch = found.setdefault(key, Batch(gindex, pindex, rule))
         batch.params.append(p)
         batch.states.append(state)
-        batch.places.append(place)
+        batch.places.append(at)
     for batch in found.values():
         batch.close()
+        if id(batch.params[0]) in places:
+            batch.shards = Shards(rule, batch.params, batch.states, [places[id(p)] for p in batch.params])
     return list(found.values())

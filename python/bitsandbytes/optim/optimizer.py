@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._ops_optim import BLOCK, TWO_STATES, first_states
+from .._ops_optim import TWO_STATES, first_states
 from ..functional.codebooks import create_dynamic_map
 from ..functional.paged import paged_strided, prefetch_tensor
-from ._batch import Batch, State, batches_of, local_part, same
+from ._batch import Batch, State, batches_of, same
 from ._manager import GlobalOptimManager
+from ._place import local_part
+from ._sharded_files import make_whole, part_of
+from ._sharding import Sharding, Shards
 from ._state_dict import QUANT_STATE_KEY, checked_groups, checked_state, is_mapping, wrap
 
 __all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
@@ -73,6 +76,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         # What the rule has beyond the groups: nesterov, bias_correction, coupled_decay.
         self.options: dict[str, bool] = {}
         self._plans: dict[int, _Plan] = {}
+        self._sharding: tuple[Any, Sharding] | None = None
         if optim_bits == 8:
             self.fill_qmap()
 
@@ -91,6 +95,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         super().__setstate__(state)
         self.mng = GlobalOptimManager.get_instance()
         self._plans = {}
+        self._sharding = None
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's, with the tensors of each state in a dict of their own, which FSDP leaves."""
@@ -107,6 +112,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         for key, steps in late.items():
             result["state"][key] = result["state"][key] | {"step": result["state"][key]["step"] + steps}
         result["state"] = {key: wrap(entry, self.non_castable_tensor_keys) for key, entry in result["state"].items()}
+        make_whole(self.optimizer_name, self.sharding, params, result["state"], self.non_castable_tensor_keys)
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -133,8 +139,11 @@ class Optimizer8bit(torch.optim.Optimizer):
                 states[key] = saved
                 continue
             p = by_number[key]
-            part = local_part(p)[0]
-            entry = checked_state(f"state[{key}]", saved, self.optimizer_name, part, self._first_shape(part))
+            part = local_part(p)
+            name, rule = f"state[{key}]", self.optimizer_name
+            maps = [self._qmap(kind, p.device) for kind in ("dynamic", "udynamic")]
+            saved = part_of(name, saved, p, self.sharding, rule, maps)
+            entry = checked_state(name, saved, rule, part, self._first_shape(part))
             states[p] = {k: self._loaded(k, value, p, move_to_device) for k, value in entry.items()}
         for group, own in zip(groups, self.param_groups, strict=True):
             group["params"] = own["params"]
@@ -155,8 +164,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         return value.to(device, copy=True)
 
     def _filled(self, p: Tensor, value: Tensor, device: torch.device) -> Tensor:
-        ordered = value.dtype == torch.float32 or value.stride() == p.stride()  # blocks follow the order of codes
-        if ordered and device == p.device and value.shape == p.shape:
+        part = local_part(p)
+        ordered = value.dtype == torch.float32 or value.stride() == part.stride()  # blocks follow the order of codes
+        if ordered and device == p.device and value.shape == part.shape:
             return self.get_state_buffer(p, dtype=value.dtype).copy_(value)
         return value.to(device, copy=True)
 
@@ -175,6 +185,17 @@ class Optimizer8bit(torch.optim.Optimizer):
                     self.state[p][key] = value.to(p.device)
 
     # ---- options
+
+    @property
+    def sharding(self) -> Sharding:
+        """What is sharded, for all parameters as they are told now."""
+        groups = [group["params"] for group in self.param_groups]
+        key = (self.mng.version, list(map(len, groups)))
+        if self._sharding is None or self._sharding[0] != key:
+            entries = [(g, i, p) for g, params in enumerate(groups) for i, p in enumerate(params)]
+            configs = {p: self.get_config(g, i, self.param_groups[g]) for g, i, p in entries}
+            self._sharding = (key, Sharding(self.optimizer_name, configs))
+        return self._sharding[1]
 
     def check_overrides(self) -> None:
         """Looks up what modules have told the manager about their parameters."""
@@ -224,6 +245,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # torch.compile leaves steps as they are
     def _step_groups(self) -> None:
+        stepped: list[Shards] = []
         for gindex, group in enumerate(self.param_groups):
             grads = [p.grad for p in group["params"]]
             params = [p for p, g in zip(group["params"], grads, strict=True) if g is not None]
@@ -239,8 +261,12 @@ class Optimizer8bit(torch.optim.Optimizer):
                 for p in params:
                     self.prefetch_state(p)
             for batch in plan.batches:
-                numbers = self._numbers(self.get_config(gindex, batch.pindex, group))
-                batch.run(numbers, [grads[i] for i in batch.places])
+                config = self.get_config(gindex, batch.pindex, group)
+                if batch.shards is not None:
+                    batch.shards.check(type(self).__name__, config["max_unorm"], config.get("seed"))
+                    stepped.append(batch.shards)
+                batch.run(self._numbers(config), [grads[i] for i in batch.places])
+        self.sharding.exchange.run(stepped)
 
     def _plan(self, gindex: int, group: dict[str, Any], params: list[Tensor]) -> _Plan:
         plan = self._plans.get(gindex)
@@ -262,7 +288,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         indices = [places[id(p)] for p in params]
         options = [self.mng.options_of(p, gindex, i) for p, i in zip(params, indices, strict=True)]
         entries = list(zip(indices, params, states, options, strict=True))
-        plan = _Plan(params, states, self.mng.version, batches_of(gindex, self.optimizer_name, entries))
+        batches = batches_of(gindex, self.optimizer_name, entries, self.sharding.places)
+        plan = _Plan(params, states, self.mng.version, batches)
         self._plans[gindex] = plan
         return plan
 
@@ -290,15 +317,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         bits = config["optim_bits"]
         if bits not in (8, 32):
             raise NotImplementedError(f"Amount of optimizer bits not supported: {bits}")
-        part = local_part(p)[0]
-        coded = bits == 8 and p.numel() >= config["min_8bit_size"]
+        part = local_part(p)
+        coded = self.sharding.is_coded(p, config)
         dtype = torch.uint8 if coded else torch.float32
         state: State = {"step": 0}
         for number in (1, 2) if self.optimizer_name in TWO_STATES else (1,):
             copies = first_states(self.optimizer_name) if number == 1 else 1
             state[f"state{number}"] = self._doubled(part, dtype) if copies == 2 else self.get_state_buffer(p, dtype)
             if coded:
-                blocks = check.blocks(part.numel(), BLOCK)
+                blocks = self.sharding.blocks(p)
                 state[f"qmap{number}"] = self._qmap("dynamic" if number == 1 else "udynamic", p.device)
                 absmax = (2, blocks) if copies == 2 else (blocks,)
                 state[f"absmax{number}"] = torch.zeros(absmax, dtype=torch.float32, device=p.device)
@@ -324,12 +351,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         if p.grad is None:
             raise RuntimeError(f"{type(self).__name__}: parameter {pindex} of group {gindex} has no gradient")
         options = self.mng.options_of(p, gindex, pindex)
-        (batch,) = batches_of(gindex, self.optimizer_name, [(pindex, p, self.state[p], options)])
+        if id(p) in self.sharding.places:
+            raise NotImplementedError(f"{type(self).__name__}: parameter {pindex} is sharded, expected step() for it")
+        (batch,) = batches_of(gindex, self.optimizer_name, [(pindex, p, self.state[p], options)], {})
         batch.run(self._numbers(self.get_config(gindex, pindex, group)), [p.grad])
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros of the shape and memory order of a parameter, for a state of it."""
-        part = local_part(p)[0]
+        part = local_part(p)
         return self._zeros(part.shape, torch.empty_like(part, device="meta").stride(), dtype, part.device)
 
     def prefetch_state(self, p: Tensor) -> None:

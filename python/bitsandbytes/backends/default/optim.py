@@ -138,6 +138,15 @@ def _blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
 
 
+def state_codes(x: Tensor, absmax: Tensor, qmap: Tensor, signed: bool) -> Tensor:
+    """The codes of blocks, the last dimension of x. A first moment below 0 never gets the code of 0."""
+    codes = nearest_codes(x * (1 / absmax.clamp(min=1e-38))[..., None], qmap)
+    if signed:
+        values, below = qmap[codes.int()], qmap[(codes.int() - 1).clamp(min=0)]
+        codes -= ((x < 0) & (values >= 0) & (below < 0) & (codes > 0)).to(torch.uint8)
+    return codes
+
+
 class _State:
     """One moment of one tensor: fp32, or codes with a map and the absmax of each block."""
 
@@ -157,10 +166,7 @@ class _State:
             return
         blocks = _blocks(x)
         absmax = blocks.abs().amax(1) if len(blocks) else blocks.new_zeros(0)
-        codes = nearest_codes(blocks * (1 / absmax.clamp(min=1e-38))[:, None], self.qmap)
-        if self.signed:
-            values, below = self.qmap[codes.int()], self.qmap[(codes.int() - 1).clamp(min=0)]
-            codes -= ((blocks < 0) & (values >= 0) & (below < 0) & (codes > 0)).to(torch.uint8)
+        codes = state_codes(blocks, absmax, self.qmap, self.signed)
         self.stored.copy_(codes.view(-1)[: self.stored.numel()])
         self.absmax.copy_(absmax)
 
