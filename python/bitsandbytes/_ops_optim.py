@@ -60,7 +60,7 @@ def check_state(
     """State 1 or 2 of a parameter of n elements. `at` stands behind names, as [3] for the fourth of a list."""
     copies = first_states(rule) if number == 1 else 1
     check.dtype(op, f"state{number}{at}", state, torch.float32, torch.uint8)
-    check.equal(op, f"state{number}{at}", "size", state.numel(), copies * n)
+    check.at_least(op, f"state{number}{at}", state.numel(), copies * n)
     contiguous(op, f"state{number}{at}", state)
     if state.dtype == torch.float32:
         return
@@ -103,7 +103,7 @@ def check_update_32bit(
             check_state(op, number, "", rule, p.numel(), state, None, None)
     if unorm_vec is not None:
         check.dtype(op, "unorm_vec", unorm_vec, torch.float32)
-        check.equal(op, "unorm_vec", "size", unorm_vec.numel(), 1)
+        check.at_least(op, "unorm_vec", unorm_vec.numel(), 1)
         check.same_device(op, p.device, unorm_vec=unorm_vec)
 
 
@@ -149,6 +149,8 @@ def check_optimizer_step(
     clock: Tensor | None,
 ) -> None:
     op = "optimizer_step"
+    if not len(p):
+        return
     check.one_of(op, "optimizer_name", rule, RULES)
     two = rule in TWO_STATES
     lists = {"g": g, "state1": state1, "steps": steps} | ({"state2": state2} if two else {})
@@ -169,11 +171,8 @@ def check_optimizer_step(
             check_state(op, 2, at, rule, t.numel(), state2[i], qmap2, second)
         if len(unorm):
             check.dtype(op, f"unorm{at}", unorm[i], torch.float32)
-            check.equal(op, f"unorm{at}", "size", unorm[i].numel(), 1)
-        if len(offsets) and offsets[i] < 0:
-            raise ValueError(f"{op}: offsets{at} is {offsets[i]}, expected 0 or more")
-    if len(p):
-        check.same_device(op, p[0].device, qmap1=qmap1, qmap2=qmap2, clock=clock)
+            check.at_least(op, f"unorm{at}", unorm[i].numel(), 1)
+    check.same_device(op, p[0].device, qmap1=qmap1, qmap2=qmap2, clock=clock)
     if clock is not None:
         check.dtype(op, "clock", clock, torch.int64)
         check.equal(op, "clock", "size", clock.numel(), 1)

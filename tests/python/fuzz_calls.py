@@ -165,6 +165,8 @@ def right_arguments(target: Target, rng: random.Random) -> dict[str, Any]:
         known |= {"A": w, "absmax": torch.empty_like(state.absmax), "out": torch.empty_like(packed)}
     if "int8" in target.name or target.name.endswith(("igemm", ".matmul")):
         known |= int8_arguments(target, m, n, k, dtype, rng)
+    if "optimizer" in target.name:
+        known |= optimizer_arguments(target, n * k, dtype, rng)
     arguments = {}
     for name, type_name in names.items():
         optional = type_name.startswith("Optional") or not type_name
@@ -198,6 +200,27 @@ def int8_arguments(target: Target, m: int, n: int, k: int, dtype: torch.dtype, r
         known |= {"A": ca.expand(*batch, m, k), "B": cb.t().contiguous().expand(*batch, k, n)}
         known["out"] = torch.empty(*batch, m, n, dtype=torch.int32)
     return known
+
+
+def optimizer_arguments(target: Target, n: int, dtype: torch.dtype, rng: random.Random) -> dict[str, Any]:
+    rules = ["adam", "lamb", "ademamix", "lion", "momentum", "lars", "rmsprop", "adagrad"]
+    rule, coded = rng.choice(rules), "8bit" in target.name or rng.random() < 0.5
+    coded = coded and "32bit" not in target.name
+    state = torch.zeros(n, dtype=torch.uint8 if coded else torch.float32)
+    absmax, copies = torch.zeros((n + 255) // 256), 2 if rule == "ademamix" else 1
+    known: dict[str, Any] = {
+        "p": torch.randn(n), "g": torch.randn(n).to(dtype), "state1": torch.cat([state] * copies), "state2": state,
+        "absmax1": torch.cat([absmax] * copies), "absmax2": absmax.clone(), "unorm": torch.zeros(1),
+    }  # fmt: skip
+    if "step" not in target.parameters:  # lists of one tensor
+        known = {name: [t] for name, t in known.items() if coded or "absmax" not in name}
+        known |= {"absmax1": known.get("absmax1", []), "absmax2": known.get("absmax2", []), "steps": [3]}
+    known |= {"optimizer_name": rule, "step": 3, "unorm_vec": torch.zeros(1), "clock": torch.tensor([0])}
+    known |= {"qmap1": F.create_dynamic_map(True), "qmap2": F.create_dynamic_map(False), "seed": rng.choice([None, 7])}
+    known |= {"t_alpha": rng.choice([0, 9]), "t_beta3": rng.choice([0, 9]), "offsets": [], "gnorm_scales": []}
+    known |= {name: 0.1 for name in target.parameters if name in ("lr", "eps", "weight_decay", "max_unorm")}
+    known |= {name: 0.9 for name in target.parameters if name.startswith("beta")} | {"p_norms": [], "gnorm_scale": 1.0}
+    return known | {"alpha": 2.0, "dampening": 0.1, "param_norm": 1.0}
 
 
 GENERIC: dict[str, Callable[[random.Random], Any]] = {
@@ -263,6 +286,8 @@ def spoil(value: Any, name: str, type_name: str, rng: random.Random) -> Any:
             return rng.choice(SPOIL_TENSOR)(value, rng)
         except RuntimeError:  # a change that this tensor cannot take
             return None
+    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        return rng.choice([[spoil(value[0], name, "", rng)], [spoil(value[0], name, "", rng)], [], value * 2, [None]])
     if isinstance(value, F.QuantState):
         return spoil_state(value, rng) if rng.random() < 0.9 else rng.choice(OBJECTS)
     if isinstance(value, dict) and value and rng.random() < 0.9:
@@ -301,6 +326,8 @@ def describe(value: Any) -> str:
         return f"<{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{strides} {value.device} {value.layout}>"
     if isinstance(value, F.QuantState):
         return "QuantState(" + ", ".join(f"{k}={describe(v)}" for k, v in vars(value).items() if v is not None) + ")"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(describe, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
     return repr(value)[:80]
@@ -351,6 +378,8 @@ class GuardedMemory:
             for name in ("absmax", "code", "offset", "state2"):
                 setattr(value, name, self.place(getattr(value, name), rng))
             return value
+        if isinstance(value, list):
+            return [self.place(v, rng) for v in value]
         plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout == torch.strided
         if not plain or not value.is_contiguous() or value.requires_grad or value.is_complex():
             return value

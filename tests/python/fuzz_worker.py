@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import resource
@@ -27,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # Arguments that a call may write to, where they are not those of most.
 OUTPUTS = {"functional.int8_double_quant": ("col_stats", "row_stats", "out_col", "out_row")}
+STEPPED = ("p", "state1", "state2", "absmax1", "absmax2", "unorm", "unorm_vec", "clock")  # by optimizers
 
 MEMORY = 4 << 30  # bytes beyond what the process has at the start
 SECONDS = 60  # for one call
@@ -61,10 +63,13 @@ def comparable(t: torch.Tensor) -> bool:
 def outcome(call: Call) -> tuple[str, str | None]:
     """("returned" or the exception, what is wrong with it)."""
     arguments = call.arguments
+    name = call.target.name
+    written = STEPPED if "optimizer" in name else OUTPUTS.get(name, ("out", "absmax"))
     inputs = {
-        k: v
-        for k, v in arguments.items()
-        if isinstance(v, torch.Tensor) and comparable(v) and k not in OUTPUTS.get(call.target.name, ("out", "absmax"))
+        f"{k}{i}": v
+        for k, value in arguments.items()
+        for i, v in zip([""] if isinstance(value, torch.Tensor) else itertools.count(), tensors_of(value), strict=False)
+        if comparable(v) and k not in written
     }
     before = {k: raw(v).copy() for k, v in inputs.items()}
     try:
@@ -84,14 +89,17 @@ def wrong_result(call: Call, result: Any) -> str | None:
     """An operator's result must have the shapes and types that its fake gives."""
     if call.target.overload is None:
         return None
-    given = [v for v in call.arguments.values() if isinstance(v, torch.Tensor)]
+    given = [t for v in call.arguments.values() for t in tensors_of(v)]
     if any(v.layout != torch.strided or v.is_meta for v in given):
         return None
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    arguments = {
-        k: mode.from_tensor(v.detach(), static_shapes=True) if isinstance(v, torch.Tensor) else v
-        for k, v in call.arguments.items()
-    }
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return mode.from_tensor(value.detach(), static_shapes=True)
+        return [fake(v) for v in value] if isinstance(value, list) else value
+
+    arguments = {k: fake(v) for k, v in call.arguments.items()}
     try:
         with mode:
             expected = call.target.call(**arguments)

@@ -218,7 +218,7 @@ def _step(
         u_norm = _norm(u.masked_fill(~takes_part, 0))
         rate = _f32(rate * _trust(c.max_unorm, _norm(flat) if p_norm is None else p_norm, u_norm))
         if unorm is not None:
-            unorm.fill_(u_norm)
+            unorm.view(-1)[:1].fill_(u_norm)
     stepped = torch.where(takes_part, _fma(u, -rate, flat * h.keep), flat)
     if c.seed is not None and p.element_size() == 2:
         stepped = rounded_stochastically(stepped, p.dtype, c.seed, t, offset)
