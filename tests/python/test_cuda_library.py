@@ -32,6 +32,7 @@ print("cpu:", bnb.functional.dequantize_4bit(packed, state).shape == x.shape)
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 u8, f32, absmax, code = torch.uint8, torch.float32, torch.ones(2), bnb.functional.create_dynamic_map()
 codes, code4 = torch.zeros(2, 64, dtype=u8), bnb.functional.get_4bit_type("nf4", device="cpu")
+adam = (0.9, 0.999, 0.0, 0.0, 1e-8)
 for name, args in {{
     "quantize_4bit": (x, 64, "nf4", u8),
     "dequantize_4bit": (packed, absmax, 64, "nf4", [2, 64], f32),
@@ -44,6 +45,10 @@ for name, args in {{
     "gemm_4bit": (x, packed, [2, 64], absmax, 64, "nf4", None, None, None, None),
     "int8_vectorwise_quant": (x, 6.0),
     "int8_linear": (x, codes.to(torch.int8), absmax, None, 6.0),
+    "optimizer_update_32bit": ("lion", x, x, x, None, None, 0.0, 0.0, *adam, 0.0, 1, 1e-3, 1.0, False),
+    "optimizer_update_8bit_blockwise": (
+        "lion", x, x, codes, None, *adam, 1, 1e-3, code, None, absmax, None, 0.0, 1.0, False
+    ),
 }}.items():
     try:
         torch.library.get_kernel("bitsandbytes::" + name, "CUDA").call_boxed(CPU, *args)
@@ -63,8 +68,8 @@ def run_package(folder: Path, library: bytes | None, cuda: str | None) -> tuple[
     lines = run.stdout.splitlines()
     facts = dict(line.split(": ", 1) for line in lines if re.match(r"(backend|initialized|cpu): ", line))
     warned = [line for line in lines if line.startswith("warning: ")]
-    calls = [line for line in lines if re.match(r"(de)?(quantize|gem|int8)", line)]
-    assert facts["cpu"] == "True" and facts["initialized"] == "False" and len(calls) == 11
+    calls = [line for line in lines if re.match(r"(de)?(quantize|gem|int8|optimizer)", line)]
+    assert facts["cpu"] == "True" and facts["initialized"] == "False" and len(calls) == 13
     return facts, warned, calls
 
 
@@ -104,7 +109,8 @@ def test_the_library_loads_without_a_driver_and_names_devices(tmp_path: Path) ->
     assert facts["backend"] == "CUDA True" and not warned
     for call in calls:
         name = call.split()[0].removesuffix(".out")
-        assert call.endswith(f"ValueError {name}: A is on cpu, expected cuda"), call
+        first = "p" if name.startswith("optimizer") else "A"
+        assert call.endswith(f"ValueError {name}: {first} is on cpu, expected cuda"), call
 
 
 def test_the_library_needs_nothing_of_cuda(tmp_path: Path) -> None:
