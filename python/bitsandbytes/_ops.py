@@ -35,6 +35,8 @@ SCHEMAS = {
     # Nested absmax: `absmax` then holds the scales of absmax_8bit, one per 256 codes, and
     # absmax[i] = absmax_code[absmax_8bit[i]] * scale[i // 256] + absmax_offset.
     "gemm_4bit": f"({_GEMM}, {_NESTED}) -> Tensor",
+    # Not part of it: gemm_4bit as Linear4bit calls it, with linear_4bit_layout for what it has in five arguments.
+    "linear_4bit": f"(Tensor A, Tensor B, Tensor absmax, int layout, {_NESTED}) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -208,8 +210,9 @@ def check_gemm_4bit(
     absmax_8bit: torch.Tensor | None = None,
     absmax_code: torch.Tensor | None = None,
     absmax_offset: torch.Tensor | None = None,
+    *,
+    op: str = "gemm_4bit",
 ) -> None:
-    op = "gemm_4bit"
     n = check_product(op, A, B, shapeB)
     check.one_of(op, "quant_type", quant_type, check.QUANT_TYPES)
     nested = {"absmax_8bit": absmax_8bit, "absmax_code": absmax_code, "absmax_offset": absmax_offset}
@@ -239,3 +242,34 @@ def check_gemm_4bit(
 def _(A: torch.Tensor, B: torch.Tensor, shapeB: Sequence[int], *rest: Any) -> torch.Tensor:
     check_gemm_4bit(A, B, shapeB, *rest)
     return A.new_empty((*A.shape[:-1], shapeB[0]))
+
+
+_FORMATS: dict[tuple[int | None, str | None], int] = {
+    (blocksize, quant_type): 8 * i + j
+    for i, quant_type in enumerate(("nf4", "fp4"))
+    for j, blocksize in enumerate(check.BLOCKSIZES)
+}
+_SIZES = 2**29
+
+
+def linear_4bit_layout(shape: Sequence[int], blocksize: int | None, quant_type: str | None) -> int | None:
+    """Sizes and format of a weight as one number; None if they are none that linear_4bit takes."""
+    code = _FORMATS.get((blocksize, quant_type))
+    if code is None or len(shape) != 2:
+        return None
+    n, k = shape
+    return (n << 33) + (k << 4) + code if n < _SIZES and k < _SIZES else None
+
+
+@register_fake("bitsandbytes::linear_4bit")
+def _(A: torch.Tensor, B: torch.Tensor, absmax: torch.Tensor, layout: int, *rest: Any) -> torch.Tensor:
+    shape, blocksize, quant_type = read_linear_4bit_layout(layout)
+    check_gemm_4bit(A, B, shape, absmax, blocksize, quant_type, *rest, op="linear_4bit")
+    return A.new_empty((*A.shape[:-1], shape[0]))
+
+
+def read_linear_4bit_layout(layout: int) -> tuple[tuple[int, int], int, str]:
+    """Shape, blocksize and quant_type."""
+    if layout < 0:
+        raise ValueError(f"linear_4bit: layout is {layout}, expected 0 or more")
+    return (layout >> 33, (layout >> 4) % _SIZES), 32 << layout % 8, "fp4" if layout & 8 else "nf4"

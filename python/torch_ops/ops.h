@@ -272,23 +272,46 @@ void dequantize_blockwise_out(const Tensor& a, const Tensor& absmax, const Tenso
   dequantize_blockwise_into(Args<Device>("dequantize_blockwise", a), a, absmax, code, blocksize, dtype, out);
 }
 
-// y = a @ W^T: the parts that gemm_4bit and gemv_4bit share. `d` holds the weight; shapes are [..., k] x [n, k] -> [..., n].
+// y = a @ W^T: the parts that gemm_4bit, linear_4bit and gemv_4bit share. `d` holds the weight; shapes are [..., k] x [n, k] -> [..., n].
 template <class Device> struct Product {
   const Args<Device>& args;
   Gemm4bit d;
   Tensor a;
 
   Product(const Args<Device>& args, const Tensor& activations, const Sizes& shape_b) : args(args), a(args.input("A", activations)) {
-    d.a = args.values("A", a);
     if (shape_b.size() != 2 || shape_b[0] < 0 || shape_b[1] < 0)
       args.fail("shapeB", std::to_string(shape_b.size()) + " sizes", "the two sizes [n, k] of the weight");
-    d.n = shape_b[0];
-    d.k = shape_b[1];
-    const auto shape = a.sizes();
-    if (shape.size() == 0 || shape[shape.size() - 1] != d.k)
-      args.fail("A", shape.size() ? "of last size " + std::to_string(shape[shape.size() - 1]) : "a scalar",
-                "a last size of " + std::to_string(d.k) + ", as shapeB says");
-    d.m = args.elements("A", {shape.data(), shape.size() - 1});
+    set_sizes(shape_b[0], shape_b[1]);
+  }
+  Product(const Args<Device>& args, const Tensor& activations, int64_t n, int64_t k) : args(args), a(args.input("A", activations)) {
+    set_sizes(n, k);
+  }
+  // absmax: of the blocks, or, if there is absmax_8bit, of its blocks.
+  Tensor multiply(const Tensor& b, const Tensor& absmax, const std::optional<Tensor>& bias, const std::optional<Tensor>& absmax_8bit,
+                  const std::optional<Tensor>& absmax_code, const std::optional<Tensor>& absmax_offset) {
+    const Tensor codes = args.packed("B", b), scales = args.floats("absmax", absmax);
+    d.codes = bytes(codes);
+    const Bias<Device> kept_bias(args, bias, d.n);
+    d.bias = kept_bias.view;
+    std::optional<Tensor> kept_8bit, kept_code, kept_offset;  // contiguous copies live as long as the call
+    if (absmax_8bit) {
+      if (!absmax_code || !absmax_offset) args.fail("absmax_8bit", "given alone", "absmax_code and absmax_offset beside it");
+      args.type("absmax_8bit", *absmax_8bit, ScalarType::Byte);
+      kept_8bit = args.input("absmax_8bit", *absmax_8bit);
+      kept_code = args.map("absmax_code", *absmax_code);
+      kept_offset = args.floats("absmax_offset", *absmax_offset);
+      args.equal("absmax_offset", kept_offset->numel(), 1, "one value");
+      d.absmax.codes = read<uint8_t>(*kept_8bit);
+      d.absmax.code = read<float>(*kept_code);
+      d.absmax.nested = read<float>(scales);
+      args.device.set_offset(d.absmax, *kept_offset);
+    } else {
+      if (absmax_code || absmax_offset) args.fail(absmax_code ? "absmax_code" : "absmax_offset", "given alone", "absmax_8bit beside it");
+      d.absmax.values = read<float>(scales);
+    }
+    const Tensor out = new_out();
+    run_into(out);
+    return out;
   }
   Sizes shape() const {
     Sizes s(a.sizes().begin(), a.sizes().end());
@@ -307,40 +330,43 @@ template <class Device> struct Product {
     d.out = args.output(out, a.scalar_type(), shape());
     args.device.gemm_4bit(d, [&](int64_t size) { return new_empty(args, a, std::array{size}, ScalarType::Byte); });
   }
+
+ private:
+  void set_sizes(int64_t n, int64_t k) {
+    d.a = args.values("A", a);
+    d.n = n;
+    d.k = k;
+    const auto shape = a.sizes();
+    if (shape.size() == 0 || shape[shape.size() - 1] != k)
+      args.fail("A", shape.size() ? "of last size " + std::to_string(shape[shape.size() - 1]) : "a scalar",
+                "a last size of " + std::to_string(k) + ", as shapeB says");
+    d.m = args.elements("A", {shape.data(), shape.size() - 1});
+  }
 };
 
 template <class Device>
-Tensor gemm_4bit(const Tensor& activations, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, int64_t blocksize,
-                 const Str& quant_type, const std::optional<Tensor>& bias, const std::optional<Tensor>& absmax_8bit,
-                 const std::optional<Tensor>& absmax_code, const std::optional<Tensor>& absmax_offset) {
-  const Args<Device> args("gemm_4bit", activations);
-  Product<Device> product(args, activations, shape_b);
-  const Tensor codes = args.packed("B", b), scales = args.floats("absmax", absmax);
-  auto& d = product.d;
-  d.type = args.quant_type(quant_type);
-  d.blocksize = blocksize;
-  d.codes = bytes(codes);
-  const Bias<Device> kept_bias(args, bias, d.n);
-  d.bias = kept_bias.view;
-  std::optional<Tensor> kept_8bit, kept_code, kept_offset;  // contiguous copies live as long as the call
-  if (absmax_8bit) {
-    if (!absmax_code || !absmax_offset) args.fail("absmax_8bit", "given alone", "absmax_code and absmax_offset beside it");
-    args.type("absmax_8bit", *absmax_8bit, ScalarType::Byte);
-    kept_8bit = args.input("absmax_8bit", *absmax_8bit);
-    kept_code = args.map("absmax_code", *absmax_code);
-    kept_offset = args.floats("absmax_offset", *absmax_offset);
-    args.equal("absmax_offset", kept_offset->numel(), 1, "one value");
-    d.absmax.codes = read<uint8_t>(*kept_8bit);
-    d.absmax.code = read<float>(*kept_code);
-    d.absmax.nested = read<float>(scales);
-    args.device.set_offset(d.absmax, *kept_offset);
-  } else {
-    if (absmax_code || absmax_offset) args.fail(absmax_code ? "absmax_code" : "absmax_offset", "given alone", "absmax_8bit beside it");
-    d.absmax.values = read<float>(scales);
-  }
-  const Tensor out = product.new_out();
-  product.run_into(out);
-  return out;
+Tensor gemm_4bit(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, int64_t blocksize, const Str& quant_type,
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& absmax_8bit, const std::optional<Tensor>& absmax_code,
+                 const std::optional<Tensor>& absmax_offset) {
+  const Args<Device> args("gemm_4bit", a);
+  Product<Device> product(args, a, shape_b);
+  product.d.type = args.quant_type(quant_type);
+  product.d.blocksize = blocksize;
+  return product.multiply(b, absmax, bias, absmax_8bit, absmax_code, absmax_offset);
+}
+
+// gemm_4bit with one number for the sizes and the format, n << 33 | k << 4 | fp4 << 3 | log2(blocksize / 32): each number that is passed
+// takes a quarter of a microsecond, a list and a string more.
+template <class Device>
+Tensor linear_4bit(const Tensor& a, const Tensor& b, const Tensor& absmax, int64_t layout, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& absmax_8bit, const std::optional<Tensor>& absmax_code,
+                   const std::optional<Tensor>& absmax_offset) {
+  const Args<Device> args("linear_4bit", a);
+  args.that(layout >= 0, "layout", layout, "0 or more");
+  Product<Device> product(args, a, layout >> 33, layout >> 4 & 0x1fffffff);
+  product.d.type = layout & 8 ? QuantType::fp4 : QuantType::nf4;
+  product.d.blocksize = int64_t{32} << (layout & 7);
+  return product.multiply(b, absmax, bias, absmax_8bit, absmax_code, absmax_offset);
 }
 
 // gemv_4bit names the format by its code values, so they must be read: on a GPU the call then waits for the stream, and cannot be captured
@@ -393,6 +419,7 @@ template <class Device> void register_kernels(torch::stable::detail::StableLibra
   m.impl("gemv_4bit", Boxed<gemv_4bit<Device>>::call);
   m.impl("gemv_4bit.out", Boxed<gemv_4bit_out<Device>>::call);
   m.impl("gemm_4bit", Boxed<gemm_4bit<Device>>::call);
+  m.impl("linear_4bit", Boxed<linear_4bit<Device>>::call);
 }
 
 }  // namespace bnb::torch_ops

@@ -10,6 +10,8 @@ import torch
 from test_ops import nested, opcheck_cases, overload, registered, weight
 from test_quantize import LAYOUTS, MAPS, SPECIAL
 
+from bitsandbytes._ops import linear_4bit_layout
+
 ops = torch.ops.bitsandbytes
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 OTHER_DEVICES = ("CUDA", "XPU", "MPS", "HPU", "PrivateUse1")
@@ -121,3 +123,6 @@ def test_products_are_those_of_the_dequantized_weight() -> None:
     restored = ops.dequantize_blockwise(codes, scales, code, 256, torch.float32) + offset
     w = ops.dequantize_4bit(packed, restored, 64, "nf4", [300, 96], torch.float32)
     torch.testing.assert_close(y, x @ w.t() + 1)
+    layout = linear_4bit_layout((300, 96), 64, "nf4")
+    same = on_other_device("linear_4bit", x, packed, scales, layout, torch.ones(300), codes, code, offset)
+    torch.testing.assert_close(same, y)  # of the kernel that the device has for gemm_4bit

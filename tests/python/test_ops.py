@@ -11,6 +11,7 @@ import reference as ref
 import torch
 
 import bitsandbytes.functional as F
+from bitsandbytes._ops import linear_4bit_layout
 
 ops = torch.ops.bitsandbytes
 
@@ -103,6 +104,8 @@ def opcheck_cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "gemm_4bit", (a, packed, [n, k], absmax, 64, "nf4", torch.randn(n).to(dtype))
         packed, scales, codes, code, offset, _ = nested(n, k)
         yield "gemm_4bit", (a, packed, [n, k], scales, 64, "nf4", None, codes, code, offset)
+        layout = linear_4bit_layout((n, k), 64, "nf4")
+        yield "linear_4bit", (a, packed, scales, layout, torch.randn(n).to(dtype), codes, code, offset)
 
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -113,7 +116,7 @@ def test_opcheck() -> None:
     for name, args in opcheck_cases():
         torch.library.opcheck(overload(name), args, test_utils=OPCHECKS)
         checked.add("bitsandbytes::" + name)
-    assert checked == {s.partition("(")[0] for s in SCHEMAS}
+    assert checked == {s.partition("(")[0] for s in SCHEMAS} | {"bitsandbytes::linear_4bit"}
 
 
 def test_opcheck_with_dynamic_shapes() -> None:
@@ -123,4 +126,42 @@ def test_opcheck_with_dynamic_shapes() -> None:
         if name not in seen and args[0].numel() > 1:
             seen.add(name)
             torch.library.opcheck(overload(name), args)
-    assert len(seen) == len(SCHEMAS)
+    assert len(seen) == len(SCHEMAS) + 1
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_linear_4bit_is_gemm_4bit(quant_type: str, blocksize: int) -> None:
+    packed, absmax, _ = weight(24, 96, quant_type, blocksize)
+    layout = linear_4bit_layout((24, 96), blocksize, quant_type)
+    x, bias = torch.randn(3, 96, dtype=torch.bfloat16), torch.randn(24)
+    expected = ops.gemm_4bit(x, packed, [24, 96], absmax, blocksize, quant_type, bias)
+    assert torch.equal(ops.linear_4bit(x, packed, absmax, layout, bias), expected)
+
+
+def test_linear_4bit_takes_no_other_layout() -> None:
+    assert linear_4bit_layout((24, 96), 100, "nf4") is None
+    assert linear_4bit_layout((24, 96), 64, "int4") is None
+    assert linear_4bit_layout((24,), 64, "nf4") is None
+    assert linear_4bit_layout((2**29, 96), 64, "nf4") is None
+    packed, absmax, _ = weight(24, 96)
+    layout = linear_4bit_layout((24, 96), 64, "nf4")
+    for wrong, message in ((-1, "layout is -1"), (layout + (1 << 4), "97"), (layout + (1 << 33), "B")):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ops.linear_4bit(torch.randn(1, 96), packed, absmax, wrong)
+    with pytest.raises((ValueError, RuntimeError), match="linear_4bit: A"):
+        ops.linear_4bit(torch.randn(1, 64), packed, absmax, layout)
+
+
+def test_the_layout_of_a_state_follows_its_parts() -> None:
+    packed, state = F.quantize_4bit(torch.randn(24, 96), quant_type="nf4")
+    assert state.linear_layout == linear_4bit_layout((24, 96), 64, "nf4")
+    state.shape = torch.Size([12, 192])
+    assert state.linear_layout == linear_4bit_layout((12, 192), 64, "nf4")
+    assert F.gemv_4bit(torch.randn(1, 192), packed, state=state).shape == (1, 12)
+    state.quant_type = "fp4"
+    assert state.linear_layout == linear_4bit_layout((12, 192), 64, "fp4")
+    state.blocksize = 100
+    assert state.linear_layout is None
+    with pytest.raises((ValueError, RuntimeError), match="blocksize"):
+        F.gemv_4bit(torch.randn(1, 192), packed, state=state)

@@ -11,6 +11,8 @@ from .quant_state import QuantState
 
 _ops = torch.ops.bitsandbytes
 _gemm_4bit = _ops.gemm_4bit.default
+_linear_4bit = _ops.linear_4bit.default
+_is_compiling = torch.compiler.is_compiling
 _plain_tensors = torch._C.DisableTorchFunctionSubclass
 
 NESTED_BLOCKSIZE = 256
@@ -154,16 +156,20 @@ def dequantize_nf4(
 
 def gemm_4bit(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
     """A [..., K] @ W^T + bias for a packed weight W of state.shape = [N, K]: one operator call, not differentiable."""
+    # A graph of torch.compile shows the public operator.
+    layout = None if _is_compiling() else state.linear_layout
     with _plain_tensors():  # B may be a Params4bit, which needs no detour through its __torch_function__ here
         second = state.state2
         if second is None or not state.nested:
+            if layout is not None:
+                return _linear_4bit(A, B, state.absmax, layout, bias)
             return _gemm_4bit(A, B, state.shape, state.absmax, state.blocksize, state.quant_type, bias)
-        if second.blocksize == NESTED_BLOCKSIZE:  # what the operator takes for granted
-            return _gemm_4bit(
-                *(A, B, state.shape, second.absmax, state.blocksize, state.quant_type, bias),
-                *(state.absmax, second.code, state.offset),
-            )
-        return _gemm_4bit(A, B, state.shape, scales(state), state.blocksize, state.quant_type, bias)
+        if second.blocksize != NESTED_BLOCKSIZE:  # which the operators take for granted
+            return _gemm_4bit(A, B, state.shape, scales(state), state.blocksize, state.quant_type, bias)
+        nested = (state.absmax, second.code, state.offset)
+        if layout is not None:
+            return _linear_4bit(A, B, second.absmax, layout, bias, *nested)
+        return _gemm_4bit(A, B, state.shape, second.absmax, state.blocksize, state.quant_type, bias, *nested)
 
 
 def gemv_4bit(

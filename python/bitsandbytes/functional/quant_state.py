@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .. import _checks as check
+from .._ops import linear_4bit_layout
 from ..utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 _TENSORS = ("absmax", "code", "offset")  # besides state2, what moves with a device
@@ -24,6 +25,7 @@ class QuantState:
             scales = state2.code[absmax] * state2.absmax of its block of 256 + offset.
     """
 
+    linear_layout: int | None = None  # shape, blocksize and quant_type as linear_4bit takes them
     packing_format_for_cpu: bool = False  # the weight is in the layout of cpu_layout.py
     valid_quant_types = ("fp4", "nf4")
     valid_qs_type_keys = tuple(f"bitsandbytes__{t}" for t in valid_quant_types)
@@ -52,6 +54,13 @@ class QuantState:
         self.offset = offset
         self.state2 = state2
         self.nested = state2 is not None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("shape", "blocksize", "quant_type"):
+            known = self.__dict__
+            layout = linear_4bit_layout(known.get("shape") or (), known.get("blocksize"), known.get("quant_type"))
+            known["linear_layout"] = layout
 
     def __getattr__(self, name: str) -> Any:
         # FSDP follows the keys of a state dict by attribute: weight.quant_state.bitsandbytes__nf4.

@@ -15,6 +15,7 @@ from ..._ops import (
     check_dequantize_blockwise,
     check_gemm_4bit,
     check_gemv_4bit,
+    read_linear_4bit_layout,
     register_kernel,
     storage_rows,
 )
@@ -141,3 +142,10 @@ def _(
         absmax = scales + absmax_offset
     weight = _ops.dequantize_4bit.default(B, absmax, blocksize, quant_type, shapeB, A.dtype)
     return torch.nn.functional.linear(A, weight, None if bias is None else bias.to(A.dtype))
+
+
+@register_kernel("bitsandbytes::linear_4bit", "default")
+def _(A: Tensor, B: Tensor, absmax: Tensor, layout: int, *rest: Tensor | None) -> Tensor:
+    shape, blocksize, quant_type = read_linear_4bit_layout(layout)
+    # Through the dispatcher: backends of other projects have a gemm_4bit.
+    return _ops.gemm_4bit.default(A, B, shape, absmax, blocksize, quant_type, *rest)
