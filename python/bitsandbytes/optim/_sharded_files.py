@@ -104,14 +104,15 @@ def _local(name: str, entry: Mapping[str, Any], p: Any, place: Place, rule: str)
             found[key] = entry[key].redistribute(p.device_mesh, like.placements).to_local()
         elif place.starts:
             part = entry[key].reshape(moment.rows, -1)[:, place.start : place.stop]
-            found[key] = part.reshape(_shape(moment, p.to_local().shape))
+            found[key] = part.contiguous().view(_shape(moment, p.to_local().shape))
         else:
             raise ValueError(f"{_OP}: {name}.{key} is a Tensor, expected a DTensor as the parameter is")
         if entry[key].dtype == torch.uint8 and isinstance(entry.get(scales), Tensor):
             size = moment.rows * check.blocks(place.size, BLOCK)
             check.equal(_OP, f"{name}.{scales}", "size", entry[scales].numel(), size)
             own = slice(place.first_block, place.first_block + place.blocks)
-            found[scales] = local_part(entry[scales]).reshape(moment.rows, -1)[:, own].reshape(_shape(moment, (-1,)))
+            part = local_part(entry[scales]).reshape(moment.rows, -1)[:, own]
+            found[scales] = part.contiguous().view(_shape(moment, (place.blocks,)))
     return found
 
 
