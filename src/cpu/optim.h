@@ -25,56 +25,71 @@ template <class Isa> struct Optimize {
     return left < kBlock ? left : kBlock;
   }
 
-  // p and g of one block in fp32: where they lie, or copied and widened. Behind n there are zeros.
-  class Elements {
+  // p and g of one block as T: where they lie, or copied, widened if T is float. Behind n there are zeros.
+  template <class T> class Elements {
    public:
     void open(const OptimizerTask& task, int64_t b) {
       const OptimizerTensor& t = *task.tensor;
       n_ = size_of_block(t, b), at_ = b * kBlock;
-      p_ = t.p.dtype == DType::f32 && n_ == kBlock ? static_cast<float*>(t.p.data) + at_ : widened(t.p, p_copy_);
-      g_ = t.g.dtype == DType::f32 && n_ == kBlock ? static_cast<const float*>(t.g.data) + at_ : widened(t.g, g_copy_);
+      p_ = as_it_lies(t.p) ? static_cast<T*>(t.p.data) + at_ : copied(t.p, p_copy_);
+      g_ = as_it_lies(t.g) ? static_cast<const T*>(t.g.data) + at_ : copied(t.g, g_copy_);
     }
     void close(const OptimizerTask& task) const {
       if (p_ != p_copy_) return;
       const OptimizerTensor& t = *task.tensor;
-      visit(t.p.dtype, [&]<class T>(T) {
-        T* to = static_cast<T*>(t.p.data) + at_;
-        if constexpr (sizeof(T) == 2)
+      visit(t.p.dtype, [&]<class P>(P) {
+        P* to = static_cast<P*>(t.p.data) + at_;
+        if constexpr (std::is_same_v<P, T>) {
+          __builtin_memcpy(to, p_, static_cast<size_t>(n_) * sizeof(T));
+        } else if constexpr (std::is_same_v<T, float>) {
           if (task.seed) return round_stochastically(p_, to, n_, *task.seed, t.offset + at_, t.step);
-        int i = 0;
-        for (; i + Isa::lanes <= n_; i += Isa::lanes) Isa::store(to + i, Isa::load(p_ + i));
-        for (; i < n_; ++i) write(to + i, rounded<T>(p_[i]));
+          int i = 0;
+          for (; i + Isa::lanes <= n_; i += Isa::lanes) Isa::store(to + i, Isa::load(p_ + i));
+          for (; i < n_; ++i) write(to + i, rounded<P>(p_[i]));
+        }
       });
     }
-    float* p() const { return p_; }
-    const float* g() const { return g_; }
+    T* p() const { return p_; }
+    const T* g() const { return g_; }
     int size() const { return static_cast<int>(n_); }
 
    private:
-    template <class T> static void round_stochastically(const float* from, T* to, int64_t n, uint64_t seed, int64_t place, int64_t step) {
+    bool as_it_lies(const ConstView& x) const { return x.dtype == dtype_of<T> && n_ == kBlock; }
+    template <class P> static void round_stochastically(const float* from, P* to, int64_t n, uint64_t seed, int64_t place, int64_t step) {
       Random4 random = {};
       for (int64_t i = 0; i < n; ++i, ++place) {
         if (i == 0 || place % 4 == 0) random = random_of(seed, place / 4, step);
-        write(to + i, stochastically_rounded<T>(from[i], random.word[place % 4]));
+        write(to + i, stochastically_rounded<P>(from[i], random.word[place % 4]));
       }
     }
-    float* widened(const ConstView& from, float* to) const {
-      visit(from.dtype, [&]<class T>(T) {
-        const T* x = static_cast<const T*>(from.data) + at_;
-        int i = 0;
-        for (; i + Isa::lanes <= n_; i += Isa::lanes) Isa::store(to + i, Isa::load(x + i));
-        for (; i < n_; ++i) to[i] = read(x + i);
+    T* copied(const ConstView& from, T* to) const {
+      visit(from.dtype, [&]<class X>(X) {
+        const X* x = static_cast<const X*>(from.data) + at_;
+        if constexpr (std::is_same_v<X, T>) {
+          __builtin_memcpy(to, x, static_cast<size_t>(n_) * sizeof(T));
+        } else if constexpr (std::is_same_v<T, float>) {
+          int i = 0;
+          for (; i + Isa::lanes <= n_; i += Isa::lanes) Isa::store(to + i, Isa::load(x + i));
+          for (; i < n_; ++i) to[i] = read(x + i);
+        }
       });
-      for (int64_t i = n_; i < kBlock; ++i) to[i] = 0;
+      __builtin_memset(to + n_, 0, static_cast<size_t>(kBlock - n_) * sizeof(T));
       return to;
     }
-    alignas(64) float p_copy_[kBlock];
-    alignas(64) float g_copy_[kBlock];
+    alignas(64) T p_copy_[kBlock];
+    alignas(64) T g_copy_[kBlock];
     int64_t n_ = 0, at_ = 0;
-    float* p_ = nullptr;
-    const float* g_ = nullptr;
+    T* p_ = nullptr;
+    const T* g_ = nullptr;
   };
+  // f(type of Elements): that of p and g, if kernels read it as it is; else float.
+  template <class F> static void with_elements(const OptimizerTask& task, F&& f) {
+    const OptimizerTensor& t = *task.tensor;
+    if (t.p.dtype == DType::bf16 && t.g.dtype == DType::bf16 && !task.seed) return f(BFloat16{});
+    f(float{});
+  }
 
+  // Arithmetic where nothing leaves the range of fp32.
   struct Unlimited : M {
     BNB_INLINE static F32 min(F32 a, F32) { return a; }
     BNB_INLINE static F32 max(F32 a, F32) { return a; }
@@ -85,7 +100,7 @@ template <class Isa> struct Optimize {
     using Math = std::conditional_t<quick, Unlimited, M>;
     F32 p, u, s[Rule::states];
     typename M::Mask takes_part;
-    BNB_INLINE Moved(const float* p_at, const float* g_at, float* const* s_at, int i, const Hyper& h) : p(M::load(p_at + i)) {
+    template <class T> BNB_INLINE Moved(const T* p_at, const T* g_at, float* const* s_at, int i, const Hyper& h) : p(M::load(p_at + i)) {
       F32 g = M::load(g_at + i), before[Rule::states];
       for (int k = 0; k < Rule::states; ++k) before[k] = s[k] = M::load(s_at[k] + i);
       if constexpr (!quick) {
@@ -106,10 +121,10 @@ template <class Isa> struct Optimize {
     }
   };
   // Whether `quick` serves a block. Adagrad's sums know no limit.
-  static bool is_quick(const OptimizerTask& task, const Elements& e) {
+  template <class T> static bool is_quick(const OptimizerTask& task, const Elements<T>& e) {
     const Hyper& h = task.hyper;
     if (h.skip_zeros || h.coupled != 0 || h.gnorm_scale != 1 || task.rule == Optimizer::adagrad) return false;
-    return float_of(Isa::max_bits(e.g(), kBlock)) < 0x1p60f;
+    return !M::any_large(e.g(), kBlock);
   }
 
   // One block's states in fp32 where they lie; of a last, shorter one copies with zeros behind them.
@@ -136,16 +151,17 @@ template <class Isa> struct Optimize {
     alignas(64) float copy_[Rule::states][kBlock];
   };
 
-  template <class Rule> static void step32(const OptimizerTask& task, Range blocks) {
+  template <class Rule, class T> static void step32(const OptimizerTask& task, Range blocks) {
     const Hyper h = task.hyper;
     const float rate = task.rate;
-    Elements e;
+    Elements<T> e;
     States32<Rule> s;
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       e.open(task, b);
       s.open(*task.tensor, b, e.size());
-      float *p = e.p(), *at[Rule::states];
-      const float* g = e.g();
+      T* p = e.p();
+      const T* g = e.g();
+      float* at[Rule::states];
       for (int k = 0; k < Rule::states; ++k) at[k] = s.at[k];
       for (int i = 0; i < kBlock; i += Isa::lanes) {
         const Moved<Rule, false> x(p, g, at, i, h);
@@ -197,16 +213,16 @@ template <class Isa> struct Optimize {
     }
   };
 
-  template <class Rule, class First, class Second> static void step8(const OptimizerTask& task, Range blocks) {
+  template <class Rule, class First, class Second, class T> static void step8(const OptimizerTask& task, Range blocks) {
     const Coder<First, true> first(*task.encoder1, task.code1);
     const Coder<Second, false> second(*task.encoder2, task.code2);
     const Hyper h = task.hyper;
     const float rate = task.rate;
-    Elements elements[2];
+    Elements<T> elements[2];
     States8<Rule> states[2];
     for (int64_t b = blocks.begin; b <= blocks.end; ++b) {
       const bool steps = b<blocks.end, encodes = b> blocks.begin;
-      Elements &now = elements[b & 1], &last = elements[~b & 1];
+      Elements<T>&now = elements[b & 1], &last = elements[~b & 1];
       States8<Rule>&s = states[b & 1], &done = states[~b & 1];
       F32 most[Rule::states];
       float* at[Rule::states];
@@ -246,12 +262,12 @@ template <class Isa> struct Optimize {
     }
   }
 
-  template <class Rule, bool quick>
-  BNB_INLINE static void advance(const Elements& e, float* const (&at)[Rule::states], int i, const Hyper& h, float rate,
+  template <class Rule, bool quick, class T>
+  BNB_INLINE static void advance(const Elements<T>& e, float* const (&at)[Rule::states], int i, const Hyper& h, float rate,
                                  F32 (&most)[Rule::states]) {
-    float* p = e.p();
+    T* p = e.p();
     if constexpr (Isa::lanes > 1)
-      for (int j = 0; j < kPart; j += 16) Isa::prefetch(p + i + j);
+      for (int j = 0; j < kPart; j += 64 / static_cast<int>(sizeof(T))) Isa::prefetch(p + i + j);
     for (const int end = i + kPart; i < end; i += Isa::lanes) {
       const Moved<Rule, quick> x(p, e.g(), at, i, h);
       Isa::store(p + i, x.stepped(h, rate));
@@ -264,13 +280,15 @@ template <class Isa> struct Optimize {
 
   static void step(const OptimizerTask& task, Range blocks) {
     visit(task.rule, [&]<class Rule>(Rule) {
-      if (!task.encoder1) return step32<Rule>(task, blocks);
-      if constexpr (Isa::has_dynamic8) {
-        const auto dynamic = [](const Encoder8& e, bool is_signed) { return e.dynamic && e.dynamic->is_signed == is_signed; };
-        if (dynamic(*task.encoder1, true) && (Rule::second_moment < 0 || dynamic(*task.encoder2, false)))
-          return step8<Rule, EncodeDynamic<Isa, true, true>, EncodeDynamic<Isa, false>>(task, blocks);
-      }
-      step8<Rule, EncodeTable<Isa>, EncodeTable<Isa>>(task, blocks);
+      with_elements(task, [&]<class T>(T) {
+        if (!task.encoder1) return step32<Rule, T>(task, blocks);
+        if constexpr (Isa::has_dynamic8) {
+          const auto dynamic = [](const Encoder8& e, bool is_signed) { return e.dynamic && e.dynamic->is_signed == is_signed; };
+          if (dynamic(*task.encoder1, true) && (Rule::second_moment < 0 || dynamic(*task.encoder2, false)))
+            return step8<Rule, EncodeDynamic<Isa, true, true>, EncodeDynamic<Isa, false>, T>(task, blocks);
+        }
+        step8<Rule, EncodeTable<Isa>, EncodeTable<Isa>, T>(task, blocks);
+      });
     });
   }
 
@@ -278,7 +296,7 @@ template <class Isa> struct Optimize {
   // block, added in pairs, then the blocks in order.
   template <class Rule> static void norms_of(const OptimizerTask& task, Range blocks, double (&sums)[2]) {
     const Hyper h = task.hyper;
-    Elements e;
+    Elements<float> e;
     States32<Rule> plain;
     States8<Rule> coded;
     float* at[Rule::states];

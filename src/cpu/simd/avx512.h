@@ -202,8 +202,8 @@ struct Avx512 {
     F32 slope, icept, top;
     uint32_t unsure;
     explicit EncodeDynamic(const Dynamic8& d)
-        : step0(_mm512_slli_epi32(load_all(d.step), is_signed)),
-          step1(_mm512_slli_epi32(load_all(d.step + 16), is_signed)),
+        : step0(load_all(d.step)),
+          step1(load_all(d.step + 16)),
           slope(load(d.slope)),
           icept(load(d.icept)),
           top(load(d.top)),
@@ -216,15 +216,15 @@ struct Avx512 {
 
    private:
     template <int V, class T> BNB_INLINE void vectors(const Encoder8& encoder, const T* x, float inv, uint8_t* codes) const {
-      constexpr unsigned shift = is_signed ? 24 : 23;
+      const F32 lowest = set1(0x1p-31f);
       I32 y[V];
       for (int j = 0; j < V; ++j) {
         // With keep_sign the sign is to say x < 0: that of -0.0 goes.
         const F32 v = load(x + 16 * j), t = keep_sign ? fma(v, set1(inv), zero()) : mul(v, set1(inv));
-        // Signed: 2 |t| and the sign in bit 0. Also lifts what is negative (unsigned map).
-        const I32 key = _mm512_max_epi32(is_signed ? _mm512_rol_epi32(bits(t), 1) : bits(t), word(96u << shift));
-        const I32 exponent = _mm512_srli_epi32(key, shift);
-        const I32 segment = _mm512_srli_epi32(_mm512_add_epi32(key, _mm512_permutex2var_epi32(step0, exponent, step1)), shift);
+        // max(|t|, 2^-31), of the unsigned map max(t, 2^-31)
+        const I32 key = bits(is_signed ? _mm512_range_ps(t, lowest, 11) : _mm512_max_ps(t, lowest));
+        const I32 exponent = _mm512_srli_epi32(key, 23);
+        const I32 segment = _mm512_srli_epi32(_mm512_add_epi32(key, _mm512_permutex2var_epi32(step0, exponent, step1)), 23);
         const F32 a = _mm512_permutexvar_ps(segment, slope), b = _mm512_permutexvar_ps(segment, icept),
                   most = _mm512_permutexvar_ps(segment, top);
         if constexpr (is_signed) {  // the line and its end take the sign of t

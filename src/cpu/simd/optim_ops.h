@@ -34,6 +34,16 @@ template <class Isa> struct OptimMath : Isa {
   BNB_INLINE static F32 select(Mask mask, F32 a, F32 b) { return _mm512_mask_mov_ps(b, mask, a); }
   BNB_INLINE static F32 max_magnitude(F32 most, F32 x) { return _mm512_range_ps(most, x, 11); }
   BNB_INLINE static float greatest(F32 x) { return _mm512_reduce_max_ps(x); }
+  // Whether any of n (whole chunks) numbers is 2 or more, infinite or NaN: the upper bit of the exponent says so.
+  template <class T> BNB_INLINE static bool any_large(const T* x, int n) {
+    constexpr int each = 64 / sizeof(T);
+    __m512i any = _mm512_setzero_si512();
+    for (int i = 0; i < n; i += 2 * each) {
+      Isa::prefetch(x + i), Isa::prefetch(x + i + each);
+      any = _mm512_ternarylogic_epi32(any, Isa::load_all(x + i), Isa::load_all(x + i + each), 0xfe);
+    }
+    return _mm512_test_epi32_mask(any, Isa::word(sizeof(T) == 4 ? 0x40000000 : 0x40004000)) != 0;
+  }
 };
 
 #elif defined(__AVX2__)
@@ -59,6 +69,15 @@ template <class Isa> struct OptimMath : Isa {
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
+  template <class T> BNB_INLINE static bool any_large(const T* x, int n) {
+    constexpr int each = 32 / sizeof(T);
+    __m256i any = _mm256_setzero_si256();
+    for (int i = 0; i < n; i += 2 * each) {
+      Isa::prefetch(x + i);
+      any = _mm256_or_si256(any, _mm256_or_si256(Isa::load_all(x + i), Isa::load_all(x + i + each)));
+    }
+    return !_mm256_testz_si256(any, _mm256_set1_epi32(sizeof(T) == 4 ? 0x40000000 : 0x40004000));
+  }
 };
 
 #else
@@ -77,6 +96,11 @@ template <class Isa> struct OptimMath : Isa {
   BNB_INLINE static F32 select(Mask mask, F32 a, F32 b) { return mask ? a : b; }
   BNB_INLINE static F32 max_magnitude(F32 most, F32 x) { return __builtin_fabsf(x) > most ? __builtin_fabsf(x) : most; }
   BNB_INLINE static float greatest(F32 x) { return x; }
+  template <class T> BNB_INLINE static bool any_large(const T* x, int n) {
+    uint32_t any = 0;
+    for (int i = 0; i < n; ++i) any |= bits_of(read(x + i));
+    return any >> 30 & 1;
+  }
 };
 
 #endif
