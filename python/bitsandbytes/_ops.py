@@ -244,7 +244,7 @@ def _(A: torch.Tensor, B: torch.Tensor, shapeB: Sequence[int], *rest: Any) -> to
     return A.new_empty((*A.shape[:-1], shapeB[0]))
 
 
-_FORMATS: dict[tuple[int | None, str | None], int] = {
+_FORMATS = {
     (blocksize, quant_type): 8 * i + j
     for i, quant_type in enumerate(("nf4", "fp4"))
     for j, blocksize in enumerate(check.BLOCKSIZES)
@@ -252,13 +252,14 @@ _FORMATS: dict[tuple[int | None, str | None], int] = {
 _SIZES = 2**29
 
 
-def linear_4bit_layout(shape: Sequence[int], blocksize: int | None, quant_type: str | None) -> int | None:
+def linear_4bit_layout(shape: Any, blocksize: Any, quant_type: Any) -> int | None:
     """Sizes and format of a weight as one number; None if they are none that linear_4bit takes."""
-    code = _FORMATS.get((blocksize, quant_type))
-    if code is None or len(shape) != 2:
+    if not isinstance(shape, tuple | list) or not isinstance(blocksize, int) or not isinstance(quant_type, str):
         return None
-    n, k = shape
-    return (n << 33) + (k << 4) + code if n < _SIZES and k < _SIZES else None
+    code = _FORMATS.get((blocksize, quant_type))
+    if code is None or len(shape) != 2 or not all(isinstance(s, int) and 0 <= s < _SIZES for s in shape):
+        return None
+    return (shape[0] << 33) + (shape[1] << 4) + code
 
 
 @register_fake("bitsandbytes::linear_4bit")

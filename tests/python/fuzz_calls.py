@@ -19,6 +19,7 @@ import torch
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
+from bitsandbytes._ops import linear_4bit_layout
 
 DTYPES = [
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64),
@@ -133,6 +134,8 @@ def right_arguments(target: Target, rng: random.Random) -> dict[str, Any]:
         "device": "cpu", "typename": quant_type, "name": quant_type, "compress_statistics": rng.random() < 0.5,
         "qs_dict": state.as_dict(packed=rng.random() < 0.5), "shape": [n, k], "shapeB": [n, k],
     }  # fmt: skip
+    if "layout" in names:
+        known["layout"] = linear_4bit_layout((n, k), blocksize, quant_type)
     if "shapeB" in names or "state" in names or "B" in names:  # a product
         known |= {
             "A": torch.randn(m, k).to(dtype),

@@ -143,6 +143,8 @@ def test_linear_4bit_takes_no_other_layout() -> None:
     assert linear_4bit_layout((24, 96), 100, "nf4") is None
     assert linear_4bit_layout((24, 96), 64, "int4") is None
     assert linear_4bit_layout((24,), 64, "nf4") is None
+    assert linear_4bit_layout(None, 64, "nf4") is None
+    assert linear_4bit_layout((24, 96), [64], "nf4") is None
     assert linear_4bit_layout((2**29, 96), 64, "nf4") is None
     packed, absmax, _ = weight(24, 96)
     layout = linear_4bit_layout((24, 96), 64, "nf4")

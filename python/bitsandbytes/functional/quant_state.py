@@ -59,8 +59,8 @@ class QuantState:
         super().__setattr__(name, value)
         if name in ("shape", "blocksize", "quant_type"):
             known = self.__dict__
-            layout = linear_4bit_layout(known.get("shape") or (), known.get("blocksize"), known.get("quant_type"))
-            known["linear_layout"] = layout
+            parts = (known.get("shape"), known.get("blocksize"), known.get("quant_type"))
+            known["linear_layout"] = linear_4bit_layout(*parts)
 
     def __getattr__(self, name: str) -> Any:
         # FSDP follows the keys of a state dict by attribute: weight.quant_state.bitsandbytes__nf4.
