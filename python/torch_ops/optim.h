@@ -80,11 +80,28 @@ template <class Device> struct StepArguments {
       args.fail("state2", std::string("of dtype ") + name_of(state2->scalar_type()), "that of state1");
     if (codes && absmax1) t.absmax1 = args.floats_in_place("absmax1", *absmax1);
     if (codes && absmax2) t.absmax2 = args.floats_in_place("absmax2", *absmax2);
+    check_sizes(t, codes, state2);
     return t;
+  }
+  // By the names of this call: those of the core are others.
+  void check_sizes(const OptimizerTensor& t, bool codes, bool second) const {
+    const int64_t first = first_states(step.config.rule), blocks = blocks_of(t.p.size, kOptimizerBlock);
+    const int64_t elements = args.product("elements of state1", first, t.p.size);
+    if (!codes) {
+      args.size("state1", t.state1, elements);
+      if (second) args.size("state2", t.state2, t.p.size);
+      return;
+    }
+    args.size("state1", t.codes1, elements);
+    args.size("absmax1", t.absmax1, first * blocks);
+    if (second) args.size("state2", t.codes2, t.p.size), args.size("absmax2", t.absmax2, blocks);
   }
   void maps(const std::optional<Tensor>& qmap1, const std::optional<Tensor>& qmap2) {
     if (qmap1) step.code1 = read<float>(kept.emplace_back(args.map("qmap1", *qmap1)));
     if (qmap2) step.code2 = read<float>(kept.emplace_back(args.map("qmap2", *qmap2)));
+    if (std::ranges::none_of(tensors, &OptimizerTensor::has_codes)) return;
+    args.size("qmap1", step.code1, 256);
+    if (has_second_state(step.config.rule)) args.size("qmap2", step.code2, 256);
   }
   void run(int64_t* clock = nullptr) {
     step.tensors = tensors;
