@@ -315,7 +315,8 @@ int main(int argc, char** argv) {
     const double fresh32 = fresh(size_t{32} << 20), fresh64 = fresh(size_t{64} << 20);
     const double fma = peak(m.fma), bf16 = std::max(fma, peak(m.bf16)), int8 = peak(m.int8);
     std::printf(
-        "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"update\": %.2f, \"cache\": %.2f, \"fresh32\": %.2f, \"fresh64\": %.2f, \"fma\": %.1f, "
+        "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"update\": %.2f, \"cache\": %.2f, \"fresh32\": %.2f, \"fresh64\": "
+        "%.2f, \"fma\": %.1f, "
         "\"bf16\": %.1f, \"int8\": %.1f}",
         c ? ", " : "", n, read, copy, write, update, cache, fresh32, fresh64, fma, bf16, int8);
   }
