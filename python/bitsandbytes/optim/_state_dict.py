@@ -12,6 +12,7 @@ from .._ops_optim import TWO_STATES, check_state
 _OP = "load_state_dict"
 QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
 LATER_OPTIONS = ("alpha", "t_alpha", "t_beta3")  # that files of old releases lack
+TORCH_OPTION = "differentiable"  # that torch adds to the defaults of an optimizer when it is loaded, not to its groups
 
 
 def wrap(entry: Mapping[Any, Any], keys: Iterable[str]) -> dict[Any, Any]:
@@ -48,7 +49,7 @@ def checked_groups(groups: list[dict[str, Any]], saved: Any, defaults: Mapping[s
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
         for key in defaults:
-            if key not in given and key not in LATER_OPTIONS:
+            if key not in given and key not in (*LATER_OPTIONS, TORCH_OPTION):
                 raise ValueError(f"{_OP}: param_groups[{i}].{key} is missing, expected the options of {list(defaults)}")
         result.append({key: defaults[key] for key in LATER_OPTIONS if key in defaults} | dict(given))
     return result
