@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._ops_optim import TWO_STATES
 from ..functional.optim import Flat
+from ._file_states import MappedFile, files_of
 from ._place import Place
 from ._sharding import Shards
 
@@ -37,6 +38,7 @@ class Batch:
     states: list[State] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # among the parameters of the group that have gradients
     tensors: dict[str, list[Tensor]] = field(default_factory=dict)  # by key of the state
+    files: list[MappedFile] = field(default_factory=list)  # where the states are
     shards: Shards | None = None  # if the parameters are sharded
     clock: Tensor | None = None  # counts the steps of a captured graph
     captured: bool = False
@@ -82,6 +84,8 @@ class Batch:
         self._count(steps, clock)
 
     def _count(self, steps: Sequence[int], clock: Tensor | None) -> None:
+        for file in self.files:
+            file.release()
         torch.autograd.graph.increment_version(self.params)
         if clock is None:
             for state, step in zip(self.states, steps, strict=True):
@@ -128,16 +132,17 @@ class Batch:
 def batches_of(
     gindex: int, rule: str, entries: Sequence[tuple[int, Tensor, State, Any]], places: Mapping[int, Place]
 ) -> list[Batch]:
-    """Splits (place in the group, parameter, state, options of its own) by device, options, shards and maps."""
+    """Splits (place in the group, parameter, state, options of its own) by device, options, shards, files and maps."""
     found: dict[Any, Batch] = {}
     for at, (pindex, p, state, options) in sorted(enumerate(entries), key=lambda entry: "qmap1" not in entry[1][2]):
         group = (places[id(p)].group,) if id(p) in places else ()
-        shared = (p.device, repr(sorted(options.items())), group)
+        files = {id(file): file for file in files_of(state)}
+        shared = (p.device, repr(sorted(options.items())), group, *files)
         if "qmap1" in state:
             key = (shared, id(state["qmap1"]), id(state.get("qmap2")))
         else:  # goes along with any maps
             key = next((k for k in found if k[0] == shared), (shared, 0, 0))
-        batch = found.setdefault(key, Batch(gindex, pindex, rule))
+        batch = found.setdefault(key, Batch(gindex, pindex, rule, files=list(files.values())))
         batch.params.append(p)
         batch.states.append(state)
         batch.places.append(at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -16,10 +17,11 @@ from .._ops_optim import TWO_STATES, first_states
 from ..functional.codebooks import create_dynamic_map
 from ..functional.paged import paged_strided, prefetch_tensor
 from ._batch import Batch, State, batches_of, same
+from ._file_states import FileStates
 from ._manager import GlobalOptimManager
 from ._place import local_part
 from ._sharded_files import make_whole, part_of
-from ._sharding import Sharding, Shards
+from ._sharding import Sharding
 from ._state_dict import QUANT_STATE_KEY, checked_groups, checked_state, is_mapping, wrap
 
 __all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
@@ -57,6 +59,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     args: Any
     optimizer_name: str
+    _files: FileStates | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False) -> None:
         """
@@ -84,6 +87,24 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Makes the maps of 8-bit states: signed for state 1, unsigned for state 2."""
         self.name2qmap["dynamic"] = create_dynamic_map(signed=True)
         self.name2qmap["udynamic"] = create_dynamic_map(signed=False)
+
+    def keep_states_in_files(self, limit: int, directory: str | None = None) -> None:
+        """Lets states of parameters on the CPU live in memory-mapped files, but for `limit` bytes of them.
+
+        Call it before the first step. The bits are the same; a step brings in at most 256 MiB of files at a time, or
+        one parameter's states. Files have no names and are gone with the optimizer, also after a crash.
+
+        Args:
+            directory: on a disk with room for the states; that of temporary files if None.
+        Raises:
+            OSError: by the first step, before it changes anything, if the directory has no room.
+        """
+        check.at_least("keep_states_in_files", "limit", limit, 0, "bytes")
+        if any(self.state.values()):
+            raise RuntimeError(
+                "keep_states_in_files: there are states in memory, expected a call before the first step"
+            )
+        self._files = FileStates(limit, tempfile.gettempdir() if directory is None else directory)
 
     # ---- files and copies
 
@@ -245,7 +266,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # torch.compile leaves steps as they are
     def _step_groups(self) -> None:
-        stepped: list[Shards] = []
+        work: list[tuple[Batch, dict[str, Any], list[Tensor]]] = []
         for gindex, group in enumerate(self.param_groups):
             grads = [p.grad for p in group["params"]]
             params = [p for p, g in zip(group["params"], grads, strict=True) if g is not None]
@@ -264,9 +285,10 @@ class Optimizer8bit(torch.optim.Optimizer):
                 config = self.get_config(gindex, batch.pindex, group)
                 if batch.shards is not None:
                     batch.shards.check(type(self).__name__, config["max_unorm"], config.get("seed"))
-                    stepped.append(batch.shards)
-                batch.run(self._numbers(config), [grads[i] for i in batch.places])
-        self.sharding.exchange.run(stepped)
+                work.append((batch, config, [grads[i] for i in batch.places]))
+        for batch, config, own in work:  # nothing has changed until here
+            batch.run(self._numbers(config), own)
+        self.sharding.exchange.run(batch.shards for batch, _, _ in work if batch.shards is not None)
 
     def _plan(self, gindex: int, group: dict[str, Any], params: list[Tensor]) -> _Plan:
         plan = self._plans.get(gindex)
@@ -344,6 +366,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _zeros(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.is_paged and device.type == "cuda" and math.prod(shape) >= PAGED_SIZE:
             return paged_strided(shape, stride, dtype, device)
+        if self._files is not None and device.type == "cpu":
+            return self._files.zeros(shape, stride, dtype)
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
