@@ -52,6 +52,14 @@ def fsdp2(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def hybrid(model: nn.Module) -> nn.Module:
+    """Half of the ranks hold what the other half does."""
+    copies = min(2, dist.get_world_size())
+    names = ("copy", "shard")
+    mesh = init_device_mesh("cpu", (copies, dist.get_world_size() // copies), mesh_dim_names=names)
+    return fully_shard(model, mesh=mesh)
+
+
 def flat(model: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
 
@@ -88,6 +96,7 @@ CASES = {
     "lion8bit-bf16": Case(bnb.optim.Lion8bit, dtype=torch.bfloat16),
     "sgd8bit": Case(bnb.optim.SGD8bit, options={**SMALL, "momentum": 0.9}),
     "adamw32bit": Case(bnb.optim.AdamW32bit),
+    "adamw8bit-hybrid": Case(bnb.optim.AdamW8bit, hybrid),
     "adamw8bit-flat": Case(bnb.optim.AdamW8bit, flat, outputs=16),
     "adamw8bit-flat-params": Case(bnb.optim.AdamW8bit, flat_with_params, outputs=16),
     "ademamix8bit-flat-bf16": Case(bnb.optim.AdEMAMix8bit, flat, torch.bfloat16, outputs=16),

@@ -17,7 +17,7 @@ from bitsandbytes.optim._sharding import cut
 
 WORKER = Path(__file__).parent / "sharding_worker.py"
 FIRST, LATER = 4, (1, 2, 8)
-FULLY_SHARDED = [name for name, case in worker.CASES.items() if case.shard is worker.fsdp2]
+FULLY_SHARDED = [name for name, case in worker.CASES.items() if case.shard in (worker.fsdp2, worker.hybrid)]
 
 
 def torchrun(ranks: int, *arguments: str) -> None:

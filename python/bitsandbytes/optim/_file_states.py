@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _FILE_SIZE = 1 << 28  # of files for several states
 _PAGE = mmap.PAGESIZE
+_FILES: Any = WeakTensorKeyDictionary()  # of tensors
 
 
 class MappedFile:
@@ -42,7 +44,7 @@ class MappedFile:
         flat: Any = torch.frombuffer(self.memory, dtype=dtype, count=n, offset=self.used)
         self.used += -(-n * dtype.itemsize // _PAGE) * _PAGE
         x = flat.as_strided(shape, stride)
-        x.mapped_file = self
+        _FILES[x] = self
         return x
 
     def release(self) -> None:
@@ -76,5 +78,5 @@ class FileStates:
 
 def files_of(state: dict[str, Any]) -> list[MappedFile]:
     """The files in which a parameter's states are."""
-    found = (getattr(state.get(key), "mapped_file", None) for key in ("state1", "state2"))
+    found = (_FILES.get(state[key]) for key in ("state1", "state2") if key in state)
     return [x for x in found if x is not None]

@@ -1,0 +1,380 @@
+"""The optimizers' common part: states in 32 or 8 bits, options of single parameters, files, and one call a group."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._ops_optim import TWO_STATES, first_states
+from ..functional.codebooks import create_dynamic_map
+from ..functional.paged import paged_strided, prefetch_tensor
+from ._batch import Batch, State, batches_of, same
+from ._file_states import FileStates
+from ._manager import GlobalOptimManager
+from ._place import local_part
+from ._sharded_files import make_whole, part_of
+from ._sharding import Sharding
+from ._state_dict import QUANT_STATE_KEY, checked_groups, checked_state, is_mapping, wrap
+
+PAGED_SIZE = 100_000  # elements from which on a state is worth paging
+
+
+class _Plan(NamedTuple):
+    """How a group was stepped the last time."""
+
+    params: list[Tensor]  # those with gradients
+    states: list[State]
+    version: int  # of the manager
+    batches: list[Batch]
+
+
+class Optimizer8bit(torch.optim.Optimizer):
+    """Base of all optimizers. One step is one call of the operator for each group of parameters.
+
+    State of a parameter: `step` and `state1`, `state2` of its shape, in fp32 or, with 8 bits, as codes in blocks of
+    256 with `absmax1`, `qmap1` and so on (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861).
+    """
+
+    _FSDP_WRAPPED_QUANT_STATE_KEY = QUANT_STATE_KEY
+
+    args: Any
+    optimizer_name: str
+    _files: FileStates | None = None
+
+    def __init__(self, params: Any, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False) -> None:
+        """
+        Args:
+            optim_bits: 32, or 8 for states in 8 bits.
+            is_paged: let states of large parameters on a GPU live in memory that it shares with the CPU.
+        """
+        super().__init__(params, defaults)
+        self.initialized = False
+        self.name2qmap: dict[str, Tensor] = {}
+        self.is_paged = is_paged
+        self.mng = GlobalOptimManager.get_instance()
+        self.non_castable_tensor_keys = {
+            *("qmap1", "qmap2", "max1", "max2", "new_max1", "new_max2", "state1", "state2"),
+            *("gnorm_vec", "absmax1", "absmax2", "unorm_vec"),
+        }
+        # What the rule has beyond the groups: nesterov, bias_correction, coupled_decay.
+        self.options: dict[str, bool] = {}
+        self._plans: dict[int, _Plan] = {}
+        self._sharding: tuple[Any, Sharding] | None = None
+        if optim_bits == 8:
+            self.fill_qmap()
+
+    def fill_qmap(self) -> None:
+        """Makes the maps of 8-bit states: signed for state 1, unsigned for state 2."""
+        self.name2qmap["dynamic"] = create_dynamic_map(signed=True)
+        self.name2qmap["udynamic"] = create_dynamic_map(signed=False)
+
+    def keep_states_in_files(self, limit: int, directory: str | None = None) -> None:
+        """Lets states of parameters on the CPU live in memory-mapped files, but for `limit` bytes of them.
+
+        Call it before the first step. The bits are the same; a step brings in at most 256 MiB of files at a time, or
+        one parameter's states. Files have no names and are gone with the optimizer, also after a crash.
+
+        Args:
+            directory: on a disk with room for the states; that of temporary files if None.
+        Raises:
+            OSError: by the first step, before it changes anything, if the directory has no room.
+        """
+        check.at_least("keep_states_in_files", "limit", limit, 0, "bytes")
+        if any(self.state.values()):
+            raise RuntimeError(
+                "keep_states_in_files: there are states in memory, expected a call before the first step"
+            )
+        self._files = FileStates(limit, tempfile.gettempdir() if directory is None else directory)
+
+    # ---- files and copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("initialized", "name2qmap", "is_paged", "non_castable_tensor_keys", "options", "args", "optimizer_name")
+        return super().__getstate__() | {key: vars(self)[key] for key in own if key in vars(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mng = GlobalOptimManager.get_instance()
+        self._plans = {}
+        self._sharding = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's, with the tensors of each state in a dict of their own, which FSDP leaves."""
+        result = super().state_dict()
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        numbers = {id(p): i for i, p in enumerate(params)}
+        late = {
+            numbers[id(p)]: steps
+            for batch in self._batches()
+            if (steps := batch.late())
+            for p in batch.params
+            if id(p) in numbers
+        }
+        for key, steps in late.items():
+            result["state"][key] = result["state"][key] | {"step": result["state"][key]["step"] + steps}
+        result["state"] = {key: wrap(entry, self.non_castable_tensor_keys) for key, entry in result["state"].items()}
+        make_whole(self.optimizer_name, self.sharding, params, result["state"], self.non_castable_tensor_keys)
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """Takes over what state_dict gave, here or in another release; nothing changes if it cannot be.
+
+        Raises:
+            ValueError: groups or states are not those of this optimizer's parameters; the entry is named.
+        """
+        state_dict = dict(state_dict)
+        for pre in self._optimizer_load_state_dict_pre_hooks.values():
+            if (given := pre(self, state_dict)) is not None:
+                state_dict = given
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"load_state_dict: {key} is missing, expected what state_dict() gives")
+        groups = checked_groups(self.param_groups, state_dict["param_groups"], self.defaults)
+        is_mapping("state", state_dict["state"])
+        numbers = chain.from_iterable(group["params"] for group in groups)
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        by_number = dict(zip(numbers, params, strict=True))
+        states: defaultdict[Any, Any] = defaultdict(dict)
+        for key, saved in state_dict["state"].items():
+            if key not in by_number:
+                states[key] = saved
+                continue
+            p = by_number[key]
+            part = local_part(p)
+            name, rule = f"state[{key}]", self.optimizer_name
+            maps = [self._qmap(kind, p.device) for kind in ("dynamic", "udynamic")]
+            saved = part_of(name, saved, p, self.sharding, rule, maps)
+            entry = checked_state(name, saved, rule, part, self._first_shape(part))
+            states[p] = {k: self._loaded(k, value, p, move_to_device) for k, value in entry.items()}
+        for group, own in zip(groups, self.param_groups, strict=True):
+            group["params"] = own["params"]
+        self.__setstate__({"state": states, "param_groups": groups})
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def _loaded(self, key: str, value: Any, p: Tensor, move_to_device: bool) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        device = p.device if move_to_device else value.device
+        if key in ("qmap1", "qmap2"):
+            own = self._qmap("dynamic" if key == "qmap1" else "udynamic", device)
+            if torch.equal(own, value.to(device)):
+                return own
+        if key in ("state1", "state2"):
+            return self._filled(p, value, device)
+        return value.to(device, copy=True)
+
+    def _filled(self, p: Tensor, value: Tensor, device: torch.device) -> Tensor:
+        part = local_part(p)
+        ordered = value.dtype == torch.float32 or value.stride() == part.stride()  # blocks follow the order of codes
+        if ordered and device == p.device and value.shape == part.shape:
+            return self.get_state_buffer(p, dtype=value.dtype).copy_(value)
+        return value.to(device, copy=True)
+
+    def _qmap(self, name: str, device: torch.device) -> Tensor:
+        if not self.name2qmap:
+            self.fill_qmap()
+        if self.name2qmap[name].device != device:
+            self.name2qmap[name] = self.name2qmap[name].to(device)
+        return self.name2qmap[name]
+
+    def to_gpu(self) -> None:
+        """Moves the states to where their parameters are."""
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            for key, value in self.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.device != p.device and not getattr(value, "is_paged", False):
+                    self.state[p][key] = value.to(p.device)
+
+    # ---- options
+
+    @property
+    def sharding(self) -> Sharding:
+        """What is sharded, for all parameters as they are told now."""
+        groups = [group["params"] for group in self.param_groups]
+        key = (self.mng.version, list(map(len, groups)))
+        if self._sharding is None or self._sharding[0] != key:
+            entries = [(g, i, p) for g, params in enumerate(groups) for i, p in enumerate(params)]
+            configs = {p: self.get_config(g, i, self.param_groups[g]) for g, i, p in entries}
+            self._sharding = (key, Sharding(self.optimizer_name, configs))
+        return self._sharding[1]
+
+    def check_overrides(self) -> None:
+        """Looks up what modules have told the manager about their parameters."""
+        self.mng.resolve_modules(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """The options of one parameter: those of its group, and what the manager has for it alone."""
+        config = {key: group[key] for key in ("betas", "eps", "weight_decay", "lr")}
+        config |= {"alpha": group.get("alpha", 0.0), "t_alpha": group.get("t_alpha"), "t_beta3": group.get("t_beta3")}
+        config |= {key: getattr(self.args, key) for key in ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros")}
+        if "seed" in group:
+            config["seed"] = group["seed"]
+        return config | self.mng.options_of(group["params"][pindex], gindex, pindex)
+
+    def _numbers(self, config: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of the operator from lr to seed."""
+        betas = config["betas"]
+        momentum = self.optimizer_name in ("momentum", "lars")
+        beta2, beta3 = betas[1], betas[2] if len(betas) > 2 else 0.0
+        return (
+            *(float(config["lr"]), float(betas[0]), float(beta2), float(beta3), float(config["alpha"])),
+            *(float(config["eps"]), float(config["weight_decay"]), config["t_alpha"] or 0, config["t_beta3"] or 0),
+            *(float(config["max_unorm"]), bool(config["skip_zeros"]), float(beta2) if momentum else 0.0),
+            *(self.options.get("nesterov", False), self.options.get("bias_correction", True)),
+            *(self.options.get("coupled_decay", False), config.get("seed")),
+        )
+
+    # ---- steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have gradients.
+
+        Args:
+            closure: computes the loss again, which is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        self._step_groups()
+        return loss
+
+    @torch._disable_dynamo  # torch.compile leaves steps as they are
+    def _step_groups(self) -> None:
+        work: list[tuple[Batch, dict[str, Any], list[Tensor]]] = []
+        for gindex, group in enumerate(self.param_groups):
+            grads = [p.grad for p in group["params"]]
+            params = [p for p, g in zip(group["params"], grads, strict=True) if g is not None]
+            if not params:
+                continue
+            grads = [g for g in grads if g is not None]
+            if any(g.layout != torch.strided for g in grads):
+                raise RuntimeError(
+                    f"{type(self).__name__}: a gradient of group {gindex} is sparse, expected dense ones"
+                )
+            plan = self._plan(gindex, group, params)
+            if self.is_paged and params[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+                for p in params:
+                    self.prefetch_state(p)
+            for batch in plan.batches:
+                config = self.get_config(gindex, batch.pindex, group)
+                if batch.shards is not None:
+                    batch.shards.check(type(self).__name__, config["max_unorm"], config.get("seed"))
+                work.append((batch, config, [grads[i] for i in batch.places]))
+        for batch, config, own in work:  # nothing has changed until here
+            batch.run(self._numbers(config), own)
+        self.sharding.exchange.run(batch.shards for batch, _, _ in work if batch.shards is not None)
+
+    def _plan(self, gindex: int, group: dict[str, Any], params: list[Tensor]) -> _Plan:
+        plan = self._plans.get(gindex)
+        if (
+            plan is not None
+            and plan.version == self.mng.version
+            and same(plan.params, params)
+            and same(plan.states, [self.state.get(p) for p in params])
+            and all(batch.is_current() for batch in plan.batches)
+        ):
+            return plan
+        places = {id(p): i for i, p in enumerate(group["params"])}
+        self._count_graphs(gindex)
+        for p in params:
+            if not self.state[p]:
+                self._check_parameter(gindex, places[id(p)], p)
+                self.init_state(group, p, gindex, places[id(p)])
+        states = [self.state[p] for p in params]
+        indices = [places[id(p)] for p in params]
+        options = [self.mng.options_of(p, gindex, i) for p, i in zip(params, indices, strict=True)]
+        entries = list(zip(indices, params, states, options, strict=True))
+        batches = batches_of(gindex, self.optimizer_name, entries, self.sharding.places)
+        plan = _Plan(params, states, self.mng.version, batches)
+        self._plans[gindex] = plan
+        return plan
+
+    def _batches(self) -> Iterable[Batch]:
+        return chain.from_iterable(plan.batches for plan in self._plans.values())
+
+    def _count_graphs(self, gindex: int) -> None:
+        """Lets the states of a group count the steps of captured graphs, before its batches are made anew."""
+        plan = self._plans.pop(gindex, None)
+        for batch in plan.batches if plan is not None else []:
+            late = batch.late()
+            for state in batch.states if late else []:
+                state["step"] += late
+
+    def _check_parameter(self, gindex: int, pindex: int, p: Tensor) -> None:
+        op, name = type(self).__name__, f"parameter {pindex} of group {gindex}"
+        check.dtype(op, name, p, *check.FLOATS)
+        if p.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{op}: the first step is captured into a CUDA graph, expected one step before that")
+
+    @torch.no_grad()
+    def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """Gives a parameter its state before the first step."""
+        config = self.get_config(gindex, pindex, group)
+        bits = config["optim_bits"]
+        if bits not in (8, 32):
+            raise NotImplementedError(f"Amount of optimizer bits not supported: {bits}")
+        part = local_part(p)
+        coded = self.sharding.is_coded(p, config)
+        dtype = torch.uint8 if coded else torch.float32
+        state: State = {"step": 0}
+        for number in (1, 2) if self.optimizer_name in TWO_STATES else (1,):
+            copies = first_states(self.optimizer_name) if number == 1 else 1
+            state[f"state{number}"] = self._doubled(part, dtype) if copies == 2 else self.get_state_buffer(p, dtype)
+            if coded:
+                blocks = self.sharding.blocks(p)
+                state[f"qmap{number}"] = self._qmap("dynamic" if number == 1 else "udynamic", p.device)
+                absmax = (2, blocks) if copies == 2 else (blocks,)
+                state[f"absmax{number}"] = torch.zeros(absmax, dtype=torch.float32, device=p.device)
+        if config["max_unorm"] > 0:
+            state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
+        self.state[p] = state
+
+    def _first_shape(self, p: Tensor) -> tuple[int, ...]:
+        return (2, *p.shape) if first_states(self.optimizer_name) == 2 else tuple(p.shape)
+
+    def _doubled(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        """Two states one after the other, each in the memory order of the parameter."""
+        stride = torch.empty_like(part, device="meta").stride()
+        return self._zeros((2, *part.shape), (part.numel(), *stride), dtype, part.device)
+
+    def _zeros(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.is_paged and device.type == "cuda" and math.prod(shape) >= PAGED_SIZE:
+            return paged_strided(shape, stride, dtype, device)
+        if self._files is not None and device.type == "cpu":
+            return self._files.zeros(shape, stride, dtype)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+
+    def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """One step of one parameter, for optimizers that have a step of their own."""
+        if p.grad is None:
+            raise RuntimeError(f"{type(self).__name__}: parameter {pindex} of group {gindex} has no gradient")
+        options = self.mng.options_of(p, gindex, pindex)
+        if id(p) in self.sharding.places:
+            raise NotImplementedError(f"{type(self).__name__}: parameter {pindex} is sharded, expected step() for it")
+        (batch,) = batches_of(gindex, self.optimizer_name, [(pindex, p, self.state[p], options)], {})
+        batch.run(self._numbers(self.get_config(gindex, pindex, group)), [p.grad])
+
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros of the shape and memory order of a parameter, for a state of it."""
+        part = local_part(p)
+        return self._zeros(part.shape, torch.empty_like(part, device="meta").stride(), dtype, part.device)
+
+    def prefetch_state(self, p: Tensor) -> None:
+        """Brings the paged states of a parameter to its device; others are there."""
+        for value in self.state[p].values():
+            if getattr(value, "is_paged", False):
+                prefetch_tensor(value)
