@@ -131,6 +131,8 @@ def test_batched_igemm(flags: tuple[bool, bool]) -> None:
     out = torch.empty(3, 7, 10, dtype=torch.int32)
     assert torch.equal(F.batched_igemm(*stored, None, *flags), exact(a, b))
     assert F.batched_igemm(*stored, out, *flags) is out and torch.equal(out, exact(a, b))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        F.batched_igemm(*stored, torch.empty(1, 7, 10, dtype=torch.int32).expand(3, 7, 10), *flags)
 
 
 # ---- sparse matrices
@@ -159,6 +161,15 @@ def test_spmm(dtype: torch.dtype) -> None:
         assert found.dtype == dtype and ref.relative_error(found, expected) < tolerance
     out = torch.empty(13, 9, dtype=dtype)
     assert F.spmm_coo(coo, b, out) is out and ref.relative_error(out, dense @ b.double()) < tolerance
+
+
+@pytest.mark.parametrize("name", ["rowidx", "colidx"])
+@pytest.mark.parametrize("index", [-1, 40])
+def test_spmm_refuses_indices_outside(name: str, index: int) -> None:
+    coo, _ = sparse(40, 40, 60, torch.float32)
+    getattr(coo, name)[7] = index
+    with pytest.raises(ValueError, match=f"spmm_coo: cooA.{name} holds .* expected indices from 0 to 39"):
+        F.spmm_coo(coo, torch.randn(40, 9))
 
 
 def test_by_rows_and_by_columns() -> None:

@@ -204,7 +204,7 @@ def batched_igemm(
         ValueError, TypeError: a wrong argument, which the message names.
     """
     shape = _check_product("batched_igemm", A, B, out, transposed_A, transposed_B)
-    result = A.new_empty(shape, dtype=torch.int32) if out is None else out
+    result = A.new_empty(shape, dtype=torch.int32)
     for i in range(shape[0]):
         result[i] = _product(A[i], B[i] if B.dim() == 3 else B, transposed_A, transposed_B)
-    return result
+    return fill("batched_igemm", "out", out, result)
