@@ -72,7 +72,7 @@ class Batch:
         clock = self._clock()
         if self.shards is not None:
             lists = self.shards.lists(grads, steps)
-            self._call(numbers, lists.p, lists.g, lists.tensors, lists.steps, lists.offsets, clock)
+            self._call(numbers, lists.p, lists.g, lists.tensors, lists.steps, self.shards.offsets, clock)
             self.shards.after(lists)
             self._count(steps, clock)
             return

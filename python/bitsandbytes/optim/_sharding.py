@@ -9,7 +9,6 @@ again. So a parameter and its states get the same bytes on any number of ranks, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -79,16 +78,14 @@ def cut(index: int, place: Place, coded: bool) -> tuple[list[Body], list[Piece]]
     return [Body(index, begin, end)] if begin < end else [], pieces
 
 
-@dataclass
-class Lists:
-    """What the operator gets."""
+class Lists(NamedTuple):
+    """What the operator gets that changes from step to step."""
 
-    p: list[Tensor] = field(default_factory=list)
-    g: list[Tensor] = field(default_factory=list)
-    tensors: dict[str, list[Tensor]] = field(default_factory=dict)
-    steps: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # written back at the end
+    p: list[Tensor]
+    g: list[Tensor]
+    tensors: dict[str, list[Tensor]]
+    steps: list[int]
+    copies: list[tuple[Tensor, Tensor]]  # a part of a state with gaps, and what stands for it
 
 
 class Shards:
@@ -102,11 +99,25 @@ class Shards:
             bodies, pieces = cut(i, place, "qmap1" in state)
             self.bodies += bodies
             self.pieces += pieces
-        self.keys = [key for key in _KEYS if any(key in state for state in states)]
+        self.ranges = [(i, begin, end) for i, begin, end, *_ in (*self.bodies, *self.pieces)]
+        self.offsets = [places[i].start + begin for i, begin, _ in self.ranges]
         self.moments = moments_of(rule)
         self.slots: tuple[Exchange, Tensor] | None = None
+        self.checked: tuple[float, int | None] | None = None
+        self.plain: list[dict[str, Tensor]] = []  # states 1 and 2 of a piece in fp32, as the operator takes them
         if self.pieces:
             self._allocate()
+        keys = [key for key in _KEYS if any(key in state for state in states)]
+        if self.pieces and "unorm_vec" in keys:
+            keys.remove("unorm_vec")
+        empty = torch.empty(0, device=states[0]["state1"].device)
+        self.tensors = {
+            key: [self._of_body(key, *body, empty) for body in self.bodies] + [x.get(key, empty) for x in self.plain]
+            for key in keys
+        }
+        self.gaps = [
+            (key, at) for key, found in self.tensors.items() for at, x in enumerate(found) if not x.is_contiguous()
+        ]  # two averages of AdEMAMix
 
     def _allocate(self) -> None:
         """Rows of 256 elements, one for each moment of each piece, and their places in the states."""
@@ -115,21 +126,31 @@ class Shards:
         self.codes = torch.zeros((*shape, BLOCK), dtype=torch.uint8, device=device)
         self.values = torch.zeros((*shape, BLOCK), dtype=torch.float32, device=device)
         self.absmax = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.plain: list[list[Tensor]] = []  # states 1 and 2 of a piece in fp32, as the operator takes them
         self._codes: list[tuple[Tensor, Tensor]] = []  # in rows, in a state
         self._absmax: list[tuple[Tensor, Tensor]] = []
         self._values: list[tuple[Tensor, Tensor]] = []  # in rows, in `plain`
         for j, (i, begin, end, block) in enumerate(self.pieces):
             n, state, at = end - begin, self.states[i], block - self.places[i].first_block
-            rows = first_states(self.rule)
-            plain = [torch.empty((rows, n), device=device), torch.empty((1, n), device=device)]
+            plain = {f"state{x.number}": torch.empty((x.rows, n), device=device) for x in self.moments}
             self.plain.append(plain)
             for k, moment in enumerate(self.moments):
                 self._codes.append((self.codes[k, j, :n], moment.codes(state)[begin:end]))
                 self._absmax.append((self.absmax[k, j], moment.absmax(state)[at]))
-                self._values.append((self.values[k, j, :n], plain[moment.number - 1][moment.row]))
+                self._values.append((self.values[k, j, :n], plain[f"state{moment.number}"][moment.row]))
+
+    def _of_body(self, key: str, index: int, begin: int, end: int, empty: Tensor) -> Tensor:
+        whole, place = self.states[index].get(key), self.places[index]
+        if whole is None or key == "unorm_vec":
+            return empty if whole is None else whole
+        rows = whole.view(first_states(self.rule) if key.endswith("1") else 1, -1)
+        if key.startswith("absmax"):
+            first = (place.start + begin) // BLOCK - place.first_block
+            begin, end = first, first + blocks(end - begin, BLOCK)
+        return rows[:, begin:end]
 
     def check(self, op: str, max_unorm: float, seed: int | None) -> None:
+        if self.checked == (max_unorm, seed):
+            return
         for p, place, state in zip(self.params, self.places, self.states, strict=True):
             name = f"{op}: a sharded parameter of {place.size} elements"
             if max_unorm > 0 and place.is_cut:
@@ -139,8 +160,7 @@ class Shards:
                 raise NotImplementedError(f"{name} is not cut between rows, expected that for {what}")
             if not local_part(p).is_contiguous():
                 raise NotImplementedError(f"{name} is not contiguous, expected contiguous ones")
-            if p.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise NotImplementedError(f"{name} is stepped in a CUDA graph, expected only whole ones there")
+        self.checked = (max_unorm, seed)
 
     def _maps(self) -> Iterator[tuple[int, Tensor, bool]]:
         for k, moment in enumerate(self.moments):
@@ -148,43 +168,26 @@ class Shards:
 
     def lists(self, grads: Sequence[Tensor], steps: Sequence[int]) -> Lists:
         """The arguments of a step: uncut blocks, then pieces."""
-        result = Lists(tensors={key: [] for key in self.keys})
-        p = [local_part(x).detach().view(-1) for x in self.params]
-        g = [local_part(x).reshape(-1) for x in grads]
-        for i, begin, end in self.bodies:
-            self._add(result, i, p[i][begin:end], g[i][begin:end], steps[i], begin)
-            for key in self.keys:
-                result.tensors[key].append(self._of_body(result, key, i, begin, end))
+        if self.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise NotImplementedError("optimizer step: a CUDA graph has a sharded parameter, expected only whole ones")
         if self.pieces:
             self._decode()
-        for (i, begin, end, _), plain in zip(self.pieces, self.plain if self.pieces else [], strict=True):
-            self._add(result, i, p[i][begin:end], g[i][begin:end], steps[i], begin)
-            for key in self.keys:
-                number = key.removeprefix("state")
-                result.tensors[key].append(plain[int(number) - 1] if number in ("1", "2") else plain[0].new_empty(0))
-        return result
-
-    def _add(self, to: Lists, index: int, p: Tensor, g: Tensor, step: int, begin: int) -> None:
-        to.p.append(p)
-        to.g.append(g)
-        to.steps.append(step)
-        to.offsets.append(self.places[index].start + begin)
-
-    def _of_body(self, to: Lists, key: str, index: int, begin: int, end: int) -> Tensor:
-        whole, place = self.states[index].get(key), self.places[index]
-        if whole is None:
-            return self.values[:0] if self.pieces else torch.empty(0, device=self.params[0].device)
-        if key == "unorm_vec":
-            return whole
-        rows = whole.view(first_states(self.rule) if key.endswith("1") else 1, -1)
-        if key.startswith("absmax"):
-            first = (place.start + begin) // BLOCK - place.first_block
-            begin, end = first, first + (end - begin + BLOCK - 1) // BLOCK
-        part = rows[:, begin:end]
-        if not part.is_contiguous():  # two averages of AdEMAMix
-            to.copies.append((part, part.contiguous()))
-            part = to.copies[-1][1]
-        return part
+        p = [local_part(x).detach().view(-1) for x in self.params]
+        g = [local_part(x).reshape(-1) for x in grads]
+        tensors, copies = self.tensors, []
+        if self.gaps:
+            tensors = {key: list(found) for key, found in tensors.items()}
+            for key, at in self.gaps:
+                part = tensors[key][at]
+                tensors[key][at] = part.contiguous()
+                copies.append((part, tensors[key][at]))
+        return Lists(
+            [p[i][begin:end] for i, begin, end in self.ranges],
+            [g[i][begin:end] for i, begin, end in self.ranges],
+            tensors,
+            [steps[i] for i, _, _ in self.ranges],
+            copies,
+        )
 
     def _decode(self) -> None:
         _copy(self._codes)
