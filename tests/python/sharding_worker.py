@@ -179,11 +179,20 @@ def message_of(step: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
-def columns() -> torch.optim.Optimizer:
+def columns(kind: Callable[..., torch.optim.Optimizer] = bnb.optim.AdamW8bit) -> torch.optim.Optimizer:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.ones(64, 64), mesh, [Shard(1)]))
     p.grad = torch.ones_like(p)
-    return bnb.optim.AdamW8bit([p], **SMALL)
+    return kind([p], **SMALL)
+
+
+def columns_in_32_bits() -> dict[str, torch.Tensor]:
+    """What a step makes of a parameter cut between columns, and its state."""
+    optimizer = columns(bnb.optim.AdEMAMix32bit)
+    (p,) = optimizer.param_groups[0]["params"]
+    optimizer.step()
+    state = optimizer.state_dict()["state"][0]["__bnb_optimizer_quant_state__"]
+    return {"p": p.detach().full_tensor(), "state1": state["state1"].full_tensor()}
 
 
 def trust() -> torch.optim.Optimizer:
@@ -200,7 +209,8 @@ def one_sided() -> torch.optim.Optimizer:
 
 
 def refuse(to: Path) -> None:
-    found = {f.__name__: message_of(f().step) for f in (columns, trust, one_sided)}
+    found: dict[str, Any] = {f.__name__: message_of(f().step) for f in (columns, trust, one_sided)}
+    found |= columns_in_32_bits()
     if dist.get_rank() == 0:
         torch.save(found, to)
 

@@ -12,6 +12,7 @@ import pytest
 import sharding_worker as worker
 import torch
 
+import bitsandbytes as bnb
 from bitsandbytes.optim._place import Place
 from bitsandbytes.optim._sharding import cut
 
@@ -93,7 +94,7 @@ def test_codes_and_both_kinds_of_blocks_took_part(runs: Path) -> None:
     assert all(entry["absmax2"].min() > 0 for entry in states.values() if "absmax2" in entry)
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_what_needs_blocks_or_norms_is_refused_for_columns_and_shards(tmp_path: Path) -> None:
     torchrun(2, "refuse", str(tmp_path))
     found = torch.load(tmp_path / "refused.pt", weights_only=True)
     assert found["columns"].startswith(
@@ -103,6 +104,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         "NotImplementedError: LAMB8bit: a sharded parameter of 2257 elements has max_unorm"
     )
     assert "has a gradient on some ranks only" in found["one_sided"]
+    p = torch.nn.Parameter(torch.ones(64, 64))  # 32 bits need no blocks
+    p.grad = torch.ones_like(p)
+    optimizer = bnb.optim.AdEMAMix32bit([p])
+    optimizer.step()
+    assert torch.equal(found["p"], p)
+    assert torch.equal(found["state1"], optimizer.state[p]["state1"])
 
 
 def test_bodies_and_pieces_are_the_part() -> None:

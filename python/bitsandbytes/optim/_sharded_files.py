@@ -82,10 +82,15 @@ def _gathered(rule: str, states: Sequence[tuple[Tensor, Place, State]]) -> list[
 
 def _like(p: Any, local: Tensor, moment: Moment) -> Any:
     """A local state as a DTensor cut as its parameter is."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    more = 1 if moment.rows > 1 else 0
-    placements = [Shard(x.dim + more) if isinstance(x, Shard) else x for x in p.placements]
+    placements = p.placements
+    if moment.rows > 1:
+        if any(type(x) not in (Shard, Replicate) for x in placements):
+            raise NotImplementedError(
+                f"state_dict: a parameter has placements {placements}, expected Shard or Replicate"
+            )
+        placements = [Shard(x.dim + 1) if x.is_shard() else x for x in placements]
     shape = torch.Size(_shape(moment, p.shape))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
