@@ -268,13 +268,19 @@ template <class Isa> struct Optimize {
     T* p = e.p();
     if constexpr (Isa::lanes > 1)
       for (int j = 0; j < kPart; j += 64 / static_cast<int>(sizeof(T))) Isa::prefetch(p + i + j);
-    for (const int end = i + kPart; i < end; i += Isa::lanes) {
-      const Moved<Rule, quick> x(p, e.g(), at, i, h);
-      Isa::store(p + i, x.stepped(h, rate));
-      for (int k = 0; k < Rule::states; ++k) {
-        most[k] = M::max_magnitude(most[k], x.s[k]);
-        Isa::store(at[k] + i, x.s[k]);
+    for (const int end = i + kPart; i < end; i += 2 * Isa::lanes) {
+      F32 to[2];
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const int from = i + j * Isa::lanes;
+        const Moved<Rule, quick> x(p, e.g(), at, from, h);
+        to[j] = x.stepped(h, rate);
+        for (int k = 0; k < Rule::states; ++k) {
+          most[k] = M::max_magnitude(most[k], x.s[k]);
+          Isa::store(at[k] + from, x.s[k]);
+        }
       }
+      M::store_pair(p + i, to[0], to[1]);
     }
   }
 

@@ -307,13 +307,19 @@ struct Avx512 {
 struct Avx512Bf16 : Avx512 {
   static constexpr std::string_view name = "avx512bf16";
 
-  // By the conversion instruction, but for subnormals, which it takes for zero.
+  // To bf16 by the conversion instructions, but for subnormals, which those take for zero.
+  BNB_INLINE static __mmask16 subnormal(F32 x) { return _mm512_fpclass_ps_mask(x, 0x20); }
   using Avx512::store;
   BNB_INLINE static void store(BFloat16* p, F32 x) {
-    constexpr int kSubnormal = 0x20;
-    if (_mm512_fpclass_ps_mask(x, kSubnormal)) [[unlikely]]
+    if (subnormal(x)) [[unlikely]]
       return Avx512::store(p, x);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  }
+  template <bool stream, class T> BNB_INLINE static void put_rounded(T* p, F32 a, F32 b) {
+    if constexpr (dtype_of<T> == DType::bf16)
+      if (!_mm512_kor(subnormal(a), subnormal(b))) [[likely]]
+        return put<stream>(p, reinterpret_cast<I32>(_mm512_cvtne2ps_pbh(b, a)));
+    Avx512::put_rounded<stream>(p, a, b);
   }
 
   // byte p of each value to bytes[p]

@@ -34,6 +34,7 @@ template <class Isa> struct OptimMath : Isa {
   BNB_INLINE static F32 select(Mask mask, F32 a, F32 b) { return _mm512_mask_mov_ps(b, mask, a); }
   BNB_INLINE static F32 max_magnitude(F32 most, F32 x) { return _mm512_range_ps(most, x, 11); }
   BNB_INLINE static float greatest(F32 x) { return _mm512_reduce_max_ps(x); }
+  template <class T> BNB_INLINE static void store_pair(T* p, F32 a, F32 b) { Isa::template put_rounded<false>(p, a, b); }
   // Whether any of n (whole chunks) numbers is 2 or more, infinite or NaN: the upper bit of the exponent says so.
   template <class T> BNB_INLINE static bool any_large(const T* x, int n) {
     constexpr int each = 64 / sizeof(T);
@@ -69,6 +70,10 @@ template <class Isa> struct OptimMath : Isa {
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
+  template <class T> BNB_INLINE static void store_pair(T* p, F32 a, F32 b) {
+    Isa::store(p, a);
+    Isa::store(p + Isa::lanes, b);
+  }
   template <class T> BNB_INLINE static bool any_large(const T* x, int n) {
     constexpr int each = 32 / sizeof(T);
     __m256i any = _mm256_setzero_si256();
@@ -96,6 +101,10 @@ template <class Isa> struct OptimMath : Isa {
   BNB_INLINE static F32 select(Mask mask, F32 a, F32 b) { return mask ? a : b; }
   BNB_INLINE static F32 max_magnitude(F32 most, F32 x) { return __builtin_fabsf(x) > most ? __builtin_fabsf(x) : most; }
   BNB_INLINE static float greatest(F32 x) { return x; }
+  template <class T> BNB_INLINE static void store_pair(T* p, F32 a, F32 b) {
+    Isa::store(p, a);
+    Isa::store(p + Isa::lanes, b);
+  }
   template <class T> BNB_INLINE static bool any_large(const T* x, int n) {
     uint32_t any = 0;
     for (int i = 0; i < n; ++i) any |= bits_of(read(x + i));
