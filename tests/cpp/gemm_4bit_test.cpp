@@ -75,7 +75,8 @@ TYPED_TEST(Gemm, OneRowOfAnySpread) {
   for (const int64_t k : {64, 128, 192, 1600})
     for (const int64_t blocksize : {64, 256})
       for (const QuantType type : {QuantType::nf4, QuantType::fp4}) {
-        const Weight w(type, n, k, blocksize, ++seed % 2 == 0, seed);
+        ++seed;
+        const Weight w(type, n, k, blocksize, seed % 2 == 0, seed);
         const auto plain = normals(seed, k);
         const auto with = [&](auto&& scale) {
           auto x = plain;
