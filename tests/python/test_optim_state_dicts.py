@@ -158,6 +158,23 @@ BROKEN = [
     (in_entry(lambda e: e.update(step=-1)), r"state\[0\].step is -1"),
     (in_entry(lambda e: e.update(step="many")), r"state\[0\].step is 'many'"),
     (in_entry(lambda e: e.update(step=1.5)), r"state\[0\].step is 1.5"),
+    (in_entry(lambda e: e.update(step=2**63)), r"state\[0\].step is 9223372036854775808"),
+    (change("state1", lambda t: t.to_sparse()), r"state\[0\].state1 has layout torch.sparse_coo"),
+    (change("state2", lambda t: t.to("meta")), r"state\[0\].state2 is on meta"),
+    (change("qmap1", lambda t: t * torch.inf), r"state\[0\].qmap1 "),
+    (change("qmap2", lambda t: t - 1), r"state\[0\].qmap2 has values from -1.0 to 0.0"),
+    (change("absmax1", lambda t: t * torch.nan), r"state\[0\].absmax1 has values from nan to nan"),
+    (change("absmax2", lambda t: t + torch.inf), r"state\[0\].absmax2 has values from inf to inf"),
+    (change("absmax2", lambda t: -1 - t), r"state\[0\].absmax2 has values from -.*, expected finite values of 0 or"),
+    (lambda saved: saved["state"].update({3: saved["state"].pop(0)}), r"state\[3\] is of no parameter"),
+    (lambda saved: saved["state"].update({"0": saved["state"].pop(0)}), r"state\['0'\] is of no parameter"),
+    (in_group(lambda g: g.update(params=None)), r"param_groups\[0\].params is NoneType"),
+    (in_group(lambda g: g.update(lr="fast")), r"param_groups\[0\].lr is 'fast'"),
+    (in_group(lambda g: g.update(eps=float("nan"))), r"param_groups\[0\].eps is nan"),
+    (in_group(lambda g: g.update(weight_decay=-1)), r"param_groups\[0\].weight_decay is -1"),
+    (in_group(lambda g: g.update(betas=0.9)), r"param_groups\[0\].betas is 0.9"),
+    (in_group(lambda g: g.update(betas=(0.9, 2.0))), r"param_groups\[0\].betas\[1\] is 2.0"),
+    (in_group(lambda g: g.update(t_alpha=-1)), r"param_groups\[0\].t_alpha is -1"),
     (in_entry(lambda e: e.update({QUANT: 3})), rf"state\[0\].{QUANT} is int, expected a dict"),
     (lambda saved: saved["state"].update({2: None}), r"state\[2\] is NoneType, expected a dict"),
     (lambda saved: saved.update(state=[1]), "state is list, expected a dict"),
@@ -187,6 +204,47 @@ def test_broken_state_is_refused_by_name_and_changes_nothing(
     assert_same_state(before, optimizer)
     assert optimizer.param_groups[0]["lr"] == before.param_groups[0]["lr"]
     optimizer.step()
+
+
+@pytest.mark.parametrize(("name", "key"), [("AdamW", "state2"), ("RMSprop", "state1"), ("Lion", "state1")])
+def test_values_that_no_step_leaves_are_refused(name: str, key: str) -> None:
+    saved = stepped(name, fresh()).state_dict()
+    broken = copy.deepcopy(saved)
+    broken["state"][1][QUANT][key].view(-1)[7] = torch.nan if name == "Lion" else -1e-3
+    other = make(name, fresh())
+    with pytest.raises(ValueError, match=rf"state\[1\].{key} has values from"):
+        other.load_state_dict(broken)
+    assert not other.state
+    other.load_state_dict(saved)
+
+
+def test_what_a_user_keeps_in_the_state_comes_back() -> None:
+    optimizer = stepped("AdamW8bit", fresh())
+    optimizer.state["run"] = {"name": "seven"}
+    other = make("AdamW8bit", fresh())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state["run"] == {"name": "seven"}
+
+
+def test_states_without_the_norm_of_the_update_get_one() -> None:
+    saved = stepped("LAMB8bit", params := fresh()).state_dict()
+    del saved["state"][0][QUANT]["unorm_vec"]  # as in a file of Adam's
+    other = make("LAMB8bit", params)
+    other.load_state_dict(saved)
+    other.step()
+    assert all(other.state[p]["unorm_vec"].item() > 0 for p in params)
+
+
+def test_parameters_on_two_devices_have_maps_of_their_own() -> None:
+    params = [parameter(80, 80), torch.nn.Parameter(torch.empty(80, 80, device="meta")), parameter(80, 80)]
+    optimizer = make("AdamW8bit", params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    first, other, last = (optimizer.state[p] for p in params)
+    assert first["qmap1"] is last["qmap1"]
+    assert (first["state1"] != 127).all()
+    assert other["qmap1"].is_meta
 
 
 def test_state_of_another_rule_is_refused() -> None:

@@ -22,7 +22,7 @@ from ._manager import GlobalOptimManager
 from ._place import local_part
 from ._sharded_files import make_whole, part_of
 from ._sharding import Sharding
-from ._state_dict import QUANT_STATE_KEY, checked_groups, checked_state, is_mapping, wrap
+from ._state_dict import QUANT_STATE_KEY, check_key, checked_groups, checked_state, is_mapping, wrap
 
 PAGED_SIZE = 100_000  # elements from which on a state is worth paging
 
@@ -58,6 +58,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.initialized = False
         self.name2qmap: dict[str, Tensor] = {}
+        self._maps: dict[tuple[str, torch.device], Tensor] = {}  # copies on other devices
         self.is_paged = is_paged
         self.mng = GlobalOptimManager.get_instance()
         self.non_castable_tensor_keys = {
@@ -97,7 +98,16 @@ class Optimizer8bit(torch.optim.Optimizer):
     # ---- files and copies
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("initialized", "name2qmap", "is_paged", "non_castable_tensor_keys", "options", "args", "optimizer_name")
+        own = (
+            "initialized",
+            "name2qmap",
+            "_maps",
+            "is_paged",
+            "non_castable_tensor_keys",
+            "options",
+            "args",
+            "optimizer_name",
+        )
         return super().__getstate__() | {key: vars(self)[key] for key in own if key in vars(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -145,6 +155,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         states: defaultdict[Any, Any] = defaultdict(dict)
         for key, saved in state_dict["state"].items():
             if key not in by_number:
+                check_key(key, saved)
                 states[key] = saved
                 continue
             p = by_number[key]
@@ -153,6 +164,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             maps = [self._qmap(kind, p.device) for kind in ("dynamic", "udynamic")]
             saved = part_of(name, saved, p, self.sharding, rule, maps)
             entry = checked_state(name, saved, rule, part, self._first_shape(part))
+            if entry and self.args.max_unorm > 0:  # files of other rules have none
+                entry.setdefault("unorm_vec", torch.zeros(1, device=p.device))
             states[p] = {k: self._loaded(k, value, p, move_to_device) for k, value in entry.items()}
         for group, own in zip(groups, self.param_groups, strict=True):
             group["params"] = own["params"]
@@ -182,9 +195,12 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _qmap(self, name: str, device: torch.device) -> Tensor:
         if not self.name2qmap:
             self.fill_qmap()
-        if self.name2qmap[name].device != device:
-            self.name2qmap[name] = self.name2qmap[name].to(device)
-        return self.name2qmap[name]
+        own = self.name2qmap[name]
+        if own.device == device:
+            return own
+        if (name, device) not in self._maps:  # states on a device share one: they are stepped together
+            self._maps[name, device] = own.to(device)
+        return self._maps[name, device]
 
     def to_gpu(self) -> None:
         """Moves the states to where their parameters are."""

@@ -1,6 +1,8 @@
 """The states of optimizers as files have them, checked before they count."""
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from .._ops_optim import TWO_STATES, check_state
 _OP = "load_state_dict"
 QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
 LATER_OPTIONS = ("alpha", "t_alpha", "t_beta3")  # that files of old releases lack
+_MOST_STEPS = 2**53
+_LARGEST = torch.finfo(torch.float32).max
 TORCH_OPTION = "differentiable"  # that torch adds to the defaults of an optimizer when it is loaded, not to its groups
 
 
@@ -44,6 +48,9 @@ def checked_groups(groups: list[dict[str, Any]], saved: Any, defaults: Mapping[s
         is_mapping(f"param_groups[{i}]", given)
         if "params" not in given:
             raise ValueError(f"{_OP}: param_groups[{i}].params is missing, expected the numbers of parameters")
+        if not isinstance(given["params"], list | tuple):
+            found = type(given["params"]).__name__
+            raise ValueError(f"{_OP}: param_groups[{i}].params is {found}, expected a list of numbers of parameters")
         if len(given["params"]) != len(group["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
@@ -51,23 +58,69 @@ def checked_groups(groups: list[dict[str, Any]], saved: Any, defaults: Mapping[s
         for key in defaults:
             if key not in given and key not in (*LATER_OPTIONS, TORCH_OPTION):
                 raise ValueError(f"{_OP}: param_groups[{i}].{key} is missing, expected the options of {list(defaults)}")
+        _check_options(f"param_groups[{i}]", given)
         result.append({key: defaults[key] for key in LATER_OPTIONS if key in defaults} | dict(given))
     return result
 
 
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
+
+
+def _check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
+    number = _plain(value)
+    allowed = f"a finite number of {low:g} or more" if high == math.inf else f"numbers from {low:g} to {high:g}"
+    if not isinstance(number, Real) or not low <= (x := float(number)) <= high or not math.isfinite(x):
+        raise ValueError(f"{_OP}: {name} is {value!r}, expected {allowed}")
+
+
+def _check_options(name: str, given: Mapping[str, Any]) -> None:
+    """Those that a step reads."""
+    for key in ("lr", "eps", "weight_decay"):
+        if key in given:
+            _check_number(f"{name}.{key}", given[key])
+    betas = given.get("betas", (0, 0))
+    if not isinstance(betas, list | tuple) or len(betas) < 2:
+        raise ValueError(f"{_OP}: {name}.betas is {betas!r}, expected a tuple of 2 or more numbers")
+    for i, beta in enumerate(betas):
+        _check_number(f"{name}.betas[{i}]", beta, high=1.0)
+    _check_number(f"{name}.alpha", given.get("alpha", 0.0), low=-_LARGEST)
+    for key in ("t_alpha", "t_beta3"):
+        if given.get(key) is not None:
+            _step(f"{name}.{key}", given[key])
+
+
+def check_key(key: Any, saved: Any) -> None:
+    """An entry of `state` whose key is no parameter's: what a user keeps there stays, a lost state is an error."""
+    if isinstance(key, int) or (isinstance(saved, Mapping) and "state1" in unwrap(saved)):
+        raise ValueError(f"{_OP}: state[{key!r}] is of no parameter, expected those that param_groups names")
+
+
 def _step(name: str, value: Any) -> int:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 0:
+    step = _plain(value)
+    if isinstance(step, bool) or not isinstance(step, int | float) or step != step // 1 or not 0 <= step <= _MOST_STEPS:
         raise ValueError(f"{_OP}: {name} is {value!r}, expected a whole number of steps")
-    return int(value)
+    return int(step)
 
 
-def _tensor(name: str, entry: Mapping[str, Any], key: str) -> Tensor:
+def _check_values(name: str, x: Tensor, low: float = -math.inf) -> None:
+    """That all are finite, and none is below `low`."""
+    if x.numel() and not x.is_meta:
+        found = [bound.item() for bound in torch.aminmax(x.detach())]
+        if not all(map(math.isfinite, found)) or found[0] < low:
+            allowed = "finite values" if low == -math.inf else f"finite values of {low:g} or more"
+            raise ValueError(f"{_OP}: {name} has values from {found[0]} to {found[1]}, expected {allowed}")
+
+
+def _tensor(name: str, entry: Mapping[str, Any], key: str, like: Tensor) -> Tensor:
     if key not in entry:
         raise ValueError(f"{_OP}: {name}.{key} is missing, expected a tensor")
     if not isinstance(entry[key], Tensor):
         raise ValueError(f"{_OP}: {name}.{key} is {type(entry[key]).__name__}, expected a tensor")
+    if entry[key].layout != torch.strided:
+        raise ValueError(f"{_OP}: {name}.{key} has layout {entry[key].layout}, expected a dense tensor")
+    if entry[key].is_meta and not like.is_meta:
+        raise ValueError(f"{_OP}: {name}.{key} is on meta, expected a tensor with values")
     return entry[key]
 
 
@@ -83,20 +136,26 @@ def checked_state(name: str, saved: Any, rule: str, like: Tensor, first_shape: t
     entry["step"] = _step(f"{name}.step", entry["step"])
     shapes = {1: first_shape} | ({2: tuple(like.shape)} if rule in TWO_STATES else {})
     for number, shape in shapes.items():
-        state = _tensor(name, entry, f"state{number}")
+        state = _tensor(name, entry, f"state{number}", like)
         check.equal(_OP, f"{name}.state{number}", "shape", tuple(state.shape), shape)
         coded = state.dtype == torch.uint8
         maps = (f"qmap{number}", f"absmax{number}")
-        qmap, absmax = (_tensor(name, entry, key).reshape(-1) if coded else None for key in maps)
+        qmap, absmax = (_tensor(name, entry, key, like).reshape(-1) if coded else None for key in maps)
         try:
             check_state(_OP, number, "", rule, like.numel(), state.reshape(-1), qmap, absmax)
         except ValueError as error:
             raise ValueError(str(error).replace(f"{_OP}: ", f"{_OP}: {name}.", 1)) from None
         if qmap is not None and not bool((qmap[1:] >= qmap[:-1]).all()):
             raise ValueError(f"{_OP}: {name}.qmap{number} is not in ascending order, expected a sorted map without NaN")
+        second = number == 2 or rule in ("rmsprop", "adagrad")  # moments: squares
+        if qmap is None or absmax is None:
+            _check_values(f"{name}.state{number}", state, 0.0 if second else -math.inf)
+        else:
+            _check_values(f"{name}.qmap{number}", qmap, 0.0 if number == 2 else -math.inf)
+            _check_values(f"{name}.absmax{number}", absmax, 0.0)
     if 2 in shapes:
         check.dtype(_OP, f"{name}.state2", entry["state2"], entry["state1"].dtype)
     if "unorm_vec" in entry:
-        check.dtype(_OP, f"{name}.unorm_vec", _tensor(name, entry, "unorm_vec"), torch.float32)
+        check.dtype(_OP, f"{name}.unorm_vec", _tensor(name, entry, "unorm_vec", like), torch.float32)
         check.equal(_OP, f"{name}.unorm_vec", "size", entry["unorm_vec"].numel(), 1)
     return entry
