@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from bench import gpu
+from bench import gpu, gpu_cases
 
 CPU = torch.device("cpu")
-CASES = {c.name: c for c in (gpu.copy_case(), *gpu.all_cases())}
+CASES = {c.name: c for c in (gpu_cases.copy_case(), *gpu_cases.all_cases())}
 
 
 def result(**slower: float) -> dict[str, Any]:
@@ -24,8 +24,12 @@ def result(**slower: float) -> dict[str, Any]:
 
 
 def test_every_case_runs_and_moves_what_it_says() -> None:
-    cases = [gpu.copy_case(1 << 10), *gpu.block_cases(1 << 12), *gpu.product_cases(((64, 512),), (1, 3))]
-    cases += gpu.int8_cases(((64, 512),), (1, 3, 512), 32)
+    cases = [
+        gpu_cases.copy_case(1 << 10),
+        *gpu_cases.block_cases(1 << 12),
+        *gpu_cases.product_cases(((64, 512),), (1, 3)),
+    ]
+    cases += gpu_cases.int8_cases(((64, 512),), (1, 3, 512), 32)
     for case in cases:
         tensors = case.make(CPU)
         out = case.call(*tensors)
@@ -38,7 +42,7 @@ def test_every_case_runs_and_moves_what_it_says() -> None:
 
 def test_optimizer_cases_change_what_they_say() -> None:
     """g, p, then codes, absmax and map or a plain state: all but g and maps are read and written."""
-    for case in gpu.optimizer_cases(1 << 13, 5):
+    for case in gpu_cases.optimizer_cases(1 << 13, 5):
         tensors = case.make(CPU)
         before = [t.clone() for t in tensors]
         case.call(*tensors)
@@ -52,8 +56,8 @@ def test_optimizer_cases_change_what_they_say() -> None:
 
 
 def test_cases_are_those_of_the_table() -> None:
-    for n, k in gpu.SHAPES:
-        for m in gpu.BATCHES:
+    for n, k in gpu_cases.SHAPES:
+        for m in gpu_cases.BATCHES:
             assert CASES[f"gemm_4bit bf16 {n}x{k} M={m}"].flops == 2 * m * n * k
     for case in CASES.values():
         assert case.of == "copy" or case.of in CASES

@@ -102,9 +102,8 @@ def _spmm(op: str, cooA: COOSparseTensor, B: Tensor, out: Tensor | None, dtype: 
     """Products and sums in fp32; repeated coordinates add up."""
     for name, index, size in (("rowidx", cooA.rowidx, cooA.rows), ("colidx", cooA.colidx, cooA.cols)):
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ValueError(
-                f"{op}: cooA.{name} holds {int(index.min())} to {int(index.max())}, expected indices from 0 to {size - 1}"
-            )
+            given = f"{int(index.min())} to {int(index.max())}"
+            raise ValueError(f"{op}: cooA.{name} holds {given}, expected indices from 0 to {size - 1}")
     terms = cooA.values.float()[:, None] * B[cooA.colidx].float()
     y = terms.new_zeros(cooA.rows, B.shape[1]).index_add_(0, cooA.rowidx, terms)
     return fill(op, "out", out, y.to(dtype))
