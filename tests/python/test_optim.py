@@ -250,6 +250,8 @@ def calls() -> Iterator[tuple[str, int, torch.dtype, torch.dtype, dict[str, Any]
         yield rule, bits, p, g, options
     for dtype in (torch.bfloat16, torch.float16):
         yield "adam", 8, dtype, dtype, {"seed": 2**40 + 5, "offsets": [1027], "skip_zeros": True}
+        yield "ademamix", 8, dtype, dtype, {"beta1": 0.0, "beta3": 0.99, "t_beta3": 9, "t_alpha": 9}
+        yield "ademamix", 32, dtype, dtype, {"beta3": 0.0, "t_beta3": 9}
         yield "lamb", 32, dtype, dtype, {"seed": 7, "gnorm_scales": [0.3], "p_norms": [2.0], "max_unorm": 0.5}
 
 

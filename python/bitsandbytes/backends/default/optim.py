@@ -57,9 +57,10 @@ class Config:
             scale, eps, alpha = second / first, eps * second, alpha * first
         if self.t_alpha > 0:
             alpha *= min(1.0, t / self.t_alpha)
-        if 0 < t < self.t_beta3:  # the half-life grows linearly from that of beta1
-            part, low, high = t / self.t_beta3, math.log(self.beta1), math.log(self.beta3)
-            beta3 = min(self.beta3, math.exp(low * high / ((1 - part) * high + part * low)))
+        if 0 < t < self.t_beta3 and self.beta3 > 0:  # the half-life grows linearly from that of beta1
+            part, to = t / self.t_beta3, math.log(self.beta3)
+            ratio = to / math.log(self.beta1) if self.beta1 > 0 else 0.0
+            beta3 = min(self.beta3, math.exp(to / ((1 - part) * ratio + part)))
         nesterov = self.rule in ("momentum", "lars")
         decay = 1 - self.lr * self.weight_decay if self.decoupled else 1.0
         return Hyper(
