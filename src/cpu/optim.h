@@ -106,7 +106,7 @@ template <class Isa> struct Optimize {
       if constexpr (!quick) {
         const F32 raw = M::mul(g, M::set1(h.gnorm_scale));
         g = M::fma(p, M::set1(h.coupled), raw);
-        takes_part = M::finite(g);
+        takes_part = M::finite(Rule::squares ? M::mul(g, g) : g);
         if (h.skip_zeros) takes_part = M::nonzero(takes_part, raw);
       }
       u = Rule::template direction<Math>(g, s, h);

@@ -123,7 +123,7 @@ template <class Rule, bool coded> struct States {
   // Moves the states and gives u, or says that the element is passed over.
   BNB_DEVICE static bool move(const Hyper& h, float p, float g, float (&s)[Rule::states], float& u) {
     const float raw = dev::mul(g, h.gnorm_scale), gradient = dev::fma(p, h.coupled, raw);
-    if (!finite(gradient) || (h.skip_zeros && raw == 0)) return false;
+    if (!finite(Rule::squares ? dev::mul(gradient, gradient) : gradient) || (h.skip_zeros && raw == 0)) return false;
     u = Rule::template direction<Math>(gradient, s, h);
     return true;
   }

@@ -36,7 +36,8 @@ template <class P> void plain_step(const OptimizerConfig& c, bool coded, const s
     for (size_t k = 0; k < states; ++k) x.s[k] = reference::dequantize_blockwise<float>(map_of(k), x.codes[k], x.absmax[k], kBlock);
   for (size_t i = 0; i < n; ++i) {
     const float raw = gradient[i] * h.gnorm_scale, g = std::fma(x.p[i], h.coupled, raw);
-    if (!std::isfinite(g) || (h.skip_zeros && raw == 0)) continue;
+    const bool squares = c.rule != lion && c.rule != momentum && c.rule != lars;
+    if (!std::isfinite(squares ? g * g : g) || (h.skip_zeros && raw == 0)) continue;
     const float u = visit(c.rule, [&]<class Rule>(Rule) {
       float s[Rule::states];
       for (int k = 0; k < Rule::states; ++k) s[k] = x.s[static_cast<size_t>(k)][i];

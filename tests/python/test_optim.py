@@ -233,11 +233,14 @@ def test_max_unorm_bounds_the_step_and_tells_the_norm(rule: str, bits: int) -> N
 
 @every_rule
 def test_huge_and_tiny_gradients(rule: str) -> None:
-    for scale, bits in itertools.product((1e38, 1e-38, 1e-45), (32, 8)):
+    for scale, bits in itertools.product((1e38, 1e30, 1e19, 1e-38, 1e-45), (32, 8)):
         p, state = torch.randn(N), states(rule, N, bits)
+        before = p.clone()
         for t in (1, 2, 3):
             step(rule, p, torch.randn(N).clamp(-3, 3) * scale, state, t, lr=1e-3)
         finite = p.isfinite().all() or rule in ("momentum", "lars")
+        if bits == 32 and rule not in ("momentum", "lars"):
+            assert (p - before).abs().max() < 3 * 1e-3 * 20, (scale, "a step is about lr whatever the gradient")
         assert finite and all(x.float().isfinite().all() for x in tensors(state)), (scale, bits)
 
 

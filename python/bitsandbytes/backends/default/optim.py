@@ -15,6 +15,8 @@ from ..._ops_optim import BLOCK, TWO_STATES, check_optimizer_step, check_update_
 from ..utils import nearest_codes
 from .stochastic import rounded_stochastically
 
+UNSQUARED = ("lion", "momentum", "lars")  # rules without g^2, which may be infinite where g is not
+
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
@@ -209,7 +211,7 @@ def _step(
     h = c.at(t)
     flat, raw = p.reshape(-1).float(), g.reshape(-1).float() * _f32(gnorm_scale)
     grad = _fma(flat, h.coupled, raw)
-    takes_part = grad.isfinite()
+    takes_part = (grad if c.rule in UNSQUARED else grad * grad).isfinite()
     if c.skip_zeros:
         takes_part &= raw != 0
     before = [s.load() for s in states]
