@@ -17,7 +17,9 @@ RESULT: dict[str, Any] = {
     "packages": {},
     "limits": {
         "threads": {
-            t: dict.fromkeys(("read", "copy", "write", "cache", "fresh32", "fresh64", "fma", "bf16", "int8"), 20.0)
+            t: dict.fromkeys(
+                ("read", "copy", "write", "update", "cache", "fresh32", "fresh64", "fma", "bf16", "int8"), 20.0
+            )
             for t in ("1", "2")
         },
         "fma_isa": "avx2",
