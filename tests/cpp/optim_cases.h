@@ -22,7 +22,7 @@ const std::vector<float>& unsigned_map() {
   return map;
 }
 
-size_t states_of(Optimizer rule) { return static_cast<size_t>(first_states(rule) + has_second_state(rule)); }
+inline size_t states_of(Optimizer rule) { return static_cast<size_t>(first_states(rule) + has_second_state(rule)); }
 
 // One tensor with its states, guarded against writes outside.
 template <class P, class G = P> struct Parameter {

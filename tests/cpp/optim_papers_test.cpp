@@ -112,8 +112,9 @@ TEST(Optimizers, StayFiniteWithHugeAndTinyGradients) {
                x.with(g, t));
         }
         const auto start = normals(1, 600), p = x.p.values();
-        if (!coded && rule != momentum && rule != lars)  // a step is about lr, whatever the gradient
-          for (size_t i = 0; i < p.size(); ++i) ASSERT_LT(std::fabs(p[i] - start[i]), 30 * kRate * 20);
+        float way = 0;
+        for (size_t i = 0; i < p.size(); ++i) way = std::max(way, std::fabs(p[i] - start[i]));
+        EXPECT_TRUE(coded || rule == momentum || rule == lars || way < 30 * kRate * 20) << "a step is about lr, whatever the gradient";
         for (const auto* values : {&x.p, &x.state1, &x.state2, &x.absmax1, &x.absmax2})
           for (const float v : values->values()) ASSERT_TRUE(std::isfinite(v));
       }
