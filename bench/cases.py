@@ -318,7 +318,8 @@ def optimizer(name: str, dtype: str, reach: float | None, sizes: Sequence[int] =
 
         family = name.removesuffix("8bit")
         made: Any = getattr(bnb.optim, name)(_parameters(sizes, dtype), **OPTIONS.get(family, {}))
-        return made.step  # type: ignore[no-any-return]
+        step: Call = made.step
+        return step
 
     eight = name.endswith("8bit")
     element = 3 * SIZE[dtype] + (2 if eight else 8) * STATES[name.removesuffix("8bit")]

@@ -19,19 +19,19 @@ struct Hyper {
   float beta1, gain1, beta2, gain2, beta3, gain3;  // s = s * beta + g * gain
   float alpha, scale, eps;                         // u = scale * (..) / (sqrt(v) + eps)
   float gnorm_scale, coupled, keep, rate;          // g = g * gnorm_scale + p * coupled;  p = p * keep - u * (rate * trust)
-  float largest;
   bool skip_zeros, nesterov;
 };
 
 template <class M> struct Rules {
   using F32 = typename M::F32;
+  static constexpr float kLargest = std::numeric_limits<float>::max();
   BNB_INLINE static constexpr F32 average(F32 s, float beta, F32 x, float gain) {
     return M::fma(s, M::set1(beta), M::mul(x, M::set1(gain)));
   }
-  BNB_INLINE static constexpr F32 second_moment(F32 v, float beta, F32 g, float gain, const Hyper& h) {
-    return M::min(average(v, beta, M::mul(g, g), gain), M::set1(h.largest));
+  BNB_INLINE static constexpr F32 second_moment(F32 v, float beta, F32 g, float gain) {
+    return M::min(average(v, beta, M::mul(g, g), gain), M::set1(kLargest));
   }
-  BNB_INLINE static constexpr F32 saturated(F32 s, const Hyper& h) { return M::max(M::min(s, M::set1(h.largest)), M::set1(-h.largest)); }
+  BNB_INLINE static constexpr F32 saturated(F32 s) { return M::max(M::min(s, M::set1(kLargest)), M::set1(-kLargest)); }
   BNB_INLINE static constexpr F32 over_root(F32 x, F32 v, const Hyper& h) {
     return M::div(M::mul(x, M::set1(h.scale)), M::add(M::sqrt(v), M::set1(h.eps)));
   }
@@ -43,7 +43,7 @@ struct Adam {
   static constexpr bool squares = true;                // elements whose g^2 is infinite are passed over: v would not hold what m does
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[2], const Hyper& h) {
     s[0] = Rules<M>::average(s[0], h.beta1, g, h.gain1);
-    s[1] = Rules<M>::second_moment(s[1], h.beta2, g, h.gain2, h);
+    s[1] = Rules<M>::second_moment(s[1], h.beta2, g, h.gain2);
     return Rules<M>::over_root(s[0], s[1], h);
   }
 };
@@ -55,7 +55,7 @@ struct AdEMAMix {
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[3], const Hyper& h) {
     s[0] = Rules<M>::average(s[0], h.beta1, g, h.gain1);
     s[1] = Rules<M>::average(s[1], h.beta3, g, h.gain3);
-    s[2] = Rules<M>::second_moment(s[2], h.beta2, g, h.gain2, h);
+    s[2] = Rules<M>::second_moment(s[2], h.beta2, g, h.gain2);
     return Rules<M>::over_root(M::fma(s[1], M::set1(h.alpha), s[0]), s[2], h);
   }
 };
@@ -76,23 +76,20 @@ struct Momentum {
   static constexpr int states = 1, second_moment = -1;
   static constexpr bool squares = false;
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[1], const Hyper& h) {
-    s[0] = Rules<M>::saturated(Rules<M>::average(s[0], h.beta1, g, h.gain1), h);
+    s[0] = Rules<M>::saturated(Rules<M>::average(s[0], h.beta1, g, h.gain1));
     return h.nesterov ? M::fma(s[0], M::set1(h.beta2), g) : s[0];
   }
 };
 
-// Tieleman & Hinton 2012, lecture 6.5.
+// Tieleman & Hinton 2012, lecture 6.5. With beta1 = gain1 = 1 Adagrad: Duchi et al. 2011, JMLR 12.
 struct RmsProp {
   static constexpr int states = 1, second_moment = -1;  // its one state has the signed map, as in the released package
   static constexpr bool squares = true;
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[1], const Hyper& h) {
-    s[0] = Rules<M>::second_moment(s[0], h.beta1, g, h.gain1, h);
+    s[0] = Rules<M>::second_moment(s[0], h.beta1, g, h.gain1);
     return Rules<M>::over_root(g, s[0], h);
   }
 };
-
-// Duchi et al. 2011, JMLR 12. As RmsProp, with beta1 = gain1 = 1.
-using Adagrad = RmsProp;
 
 // f(Adam{}), f(Lion{}), ..: the one place where a rule becomes a type.
 template <class F> constexpr decltype(auto) visit(Optimizer o, F&& f) {
@@ -103,7 +100,7 @@ template <class F> constexpr decltype(auto) visit(Optimizer o, F&& f) {
     case Optimizer::lion: return f(Lion{});
     case Optimizer::momentum:
     case Optimizer::lars: return f(Momentum{});
-    default: return f(RmsProp{});
+    default: return f(RmsProp{});  // and adagrad
   }
 }
 
@@ -140,8 +137,9 @@ constexpr bool decoupled(const OptimizerConfig& c) {
 BNB_INLINE constexpr Hyper hyper_at(const OptimizerConfig& c, int64_t step, float gnorm_scale) {
   using enum Optimizer;
   const auto f = [](double x) { return static_cast<float>(x); };
+  const bool has_momentum = c.rule == momentum || c.rule == lars, apart = decoupled(c);
   double beta1 = c.beta1, gain1 = 1 - c.beta1, beta3 = c.beta3, alpha = c.alpha, scale = 1, eps = c.eps;
-  if (c.rule == momentum || c.rule == lars) {
+  if (has_momentum) {
     gain1 = step == 1 ? 1 : 1 - c.dampening;
     if (step == 1) beta1 = 0;  // what was in the state does not count
   }
@@ -160,10 +158,9 @@ BNB_INLINE constexpr Hyper hyper_at(const OptimizerConfig& c, int64_t step, floa
       beta3 = std::min(c.beta3, exponential(to / ((1 - part) * ratio + part)));
     }
   }
-  const bool apart = decoupled(c);
   return {.beta1 = f(beta1),
           .gain1 = f(gain1),
-          .beta2 = f(c.rule == momentum || c.rule == lars ? c.beta1 : c.beta2),  // Nesterov's step ahead
+          .beta2 = f(has_momentum ? c.beta1 : c.beta2),  // Nesterov's step ahead
           .gain2 = f(1 - c.beta2),
           .beta3 = f(beta3),
           .gain3 = f(1 - beta3),
@@ -174,7 +171,6 @@ BNB_INLINE constexpr Hyper hyper_at(const OptimizerConfig& c, int64_t step, floa
           .coupled = apart ? 0 : f(c.weight_decay),
           .keep = apart ? f(1 - c.lr * c.weight_decay) : 1,
           .rate = f(c.lr),
-          .largest = std::numeric_limits<float>::max(),
           .skip_zeros = c.skip_zeros,
           .nesterov = c.nesterov};
 }

@@ -18,10 +18,9 @@
 // trust is min(1, max_unorm * |p| / |u|) over the whole tensor where max_unorm > 0 (any rule may have it) and |p| > 0, else 1.
 //
 // Elements whose g, or g^2 in rules that have it, is not finite in fp32 are passed over: parameter and states stay; so are zeros of g with
-// skip_zeros. Second moments and
-// momentum saturate at the largest float. 8-bit states: value[code] * absmax, requantized to the nearest code after each step; a first
-// moment below 0 never becomes the code of 0. Bytes do not depend on the number of threads, on the instruction set or on the tensors of the
-// call.
+// skip_zeros. Second moments and momentum saturate at the largest float. 8-bit states: value[code] * absmax, requantized to the nearest
+// code after each step; a first moment below 0 never becomes the code of 0. Bytes do not depend on the number of threads, on the
+// instruction set or on the tensors of the call. Errors: bnb::Error{invalid_argument}, before anything is written.
 #pragma once
 
 #include <bnb/types.h>

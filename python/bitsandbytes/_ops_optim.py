@@ -42,6 +42,8 @@ for _name, _schema in SCHEMAS.items():
 BLOCK = 256
 RULES = ("adam", "lamb", "ademamix", "lion", "momentum", "lars", "rmsprop", "adagrad")
 TWO_STATES = ("adam", "lamb", "ademamix")
+MOMENTUM = ("momentum", "lars")
+SQUARES_ALONE = ("rmsprop", "adagrad")  # whose one state holds second moments
 
 
 def first_states(rule: str) -> int:

@@ -196,7 +196,7 @@ template <class Isa> struct Optimize {
     alignas(64) uint8_t copy[Rule::states][kBlock];
 
     void open(const OptimizerTensor& t, int64_t b, int n) {
-      const int64_t all = (t.p.size + kBlock - 1) / kBlock;
+      const int64_t all = blocks_of(t.p.size, kBlock);
       for (int k = 0; k < Rule::states; ++k) {
         const bool second = k == Rule::second_moment;
         codes[k] = (second ? t.codes2.data() : t.codes1.data() + k * t.p.size) + b * kBlock;
@@ -221,9 +221,10 @@ template <class Isa> struct Optimize {
     Elements<T> elements[2];
     States8<Rule> states[2];
     for (int64_t b = blocks.begin; b <= blocks.end; ++b) {
-      const bool steps = b<blocks.end, encodes = b> blocks.begin;
-      Elements<T>&now = elements[b & 1], &last = elements[~b & 1];
-      States8<Rule>&s = states[b & 1], &done = states[~b & 1];
+      const bool steps = b < blocks.end;
+      const bool encodes = b > blocks.begin;
+      auto &now = elements[b & 1], &last = elements[~b & 1];
+      auto &s = states[b & 1], &done = states[~b & 1];
       F32 most[Rule::states];
       float* at[Rule::states];
       for (int k = 0; k < Rule::states; ++k) most[k] = M::zero(), at[k] = s.value[k];
@@ -300,25 +301,15 @@ template <class Isa> struct Optimize {
 
   // sums += {|p|^2, |u|^2} over the blocks, in an order that is the same for every instruction set: eight sums over the elements of a
   // block, added in pairs, then the blocks in order.
-  template <class Rule> static void norms_of(const OptimizerTask& task, Range blocks, double (&sums)[2]) {
+  // load(b, n, at): lets at[k] be state k of block b, which has n elements.
+  template <class Rule, class Load> static void norms_of(const OptimizerTask& task, Range blocks, double (&sums)[2], Load&& load) {
     const Hyper h = task.hyper;
     Elements<float> e;
-    States32<Rule> plain;
-    States8<Rule> coded;
     float* at[Rule::states];
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       alignas(64) float u[kBlock];
       e.open(task, b);
-      if (task.encoder1) {
-        coded.open(*task.tensor, b, e.size());
-        for (int k = 0; k < Rule::states; ++k) {
-          const typename Isa::template Decode8<float, false> decode{k == Rule::second_moment ? task.code2 : task.code1};
-          decode(coded.at(k, e.size()), kBlock, *coded.absmax[k], at[k] = coded.value[k]);
-        }
-      } else {
-        plain.open(*task.tensor, b, e.size());
-        for (int k = 0; k < Rule::states; ++k) at[k] = plain.at[k];
-      }
+      load(b, e.size(), at);
       for (int i = 0; i < kBlock; i += Isa::lanes) {
         const Moved<Rule, false> x(e.p(), e.g(), at, i, h);
         Isa::store(u + i, M::select(x.takes_part, x.u, M::zero()));
@@ -335,7 +326,23 @@ template <class Isa> struct Optimize {
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
   }
   static void norms(const OptimizerTask& task, Range blocks, double (&sums)[2]) {
-    visit(task.rule, [&]<class Rule>(Rule) { norms_of<Rule>(task, blocks, sums); });
+    visit(task.rule, [&]<class Rule>(Rule) {
+      if (!task.encoder1) {
+        States32<Rule> s;
+        return norms_of<Rule>(task, blocks, sums, [&](int64_t b, int n, float** at) {
+          s.open(*task.tensor, b, n);
+          for (int k = 0; k < Rule::states; ++k) at[k] = s.at[k];
+        });
+      }
+      using Decode = typename Isa::template Decode8<float, false>;
+      const Decode first{task.code1}, second{task.code2};
+      States8<Rule> s;
+      norms_of<Rule>(task, blocks, sums, [&](int64_t b, int n, float** at) {
+        s.open(*task.tensor, b, n);
+        for (int k = 0; k < Rule::states; ++k)
+          (k == Rule::second_moment ? second : first)(s.at(k, n), kBlock, *s.absmax[k], at[k] = s.value[k]);
+      });
+    });
   }
 };
 

@@ -64,13 +64,18 @@ def optimizer_update_32bit(
 
     Args:
         optimizer_name: adam, lamb, ademamix, lion, momentum, lars, rmsprop or adagrad.
-        g, p: gradient and parameter; fp32, fp16 or bf16, each on its own.
-        state1, state2: fp32, zeros before the first step; state1 of ademamix has two rows, (2, *p.shape).
+        g, p: gradient and parameter, of one shape; fp32, fp16 or bf16, each on its own.
+        state1, state2: fp32 of that shape, zeros before the first step; state1 of ademamix has two rows, (2, *p.shape).
         step: from 1.
         gnorm_scale: factor of the gradient.
         max_unorm: the update becomes no longer than this times the norm of p; 0 for no limit.
         unorm_vec: one fp32 element that gets the norm of the update, if max_unorm > 0.
         skip_zeros: pass over elements whose gradient is 0.
+
+    The papers of the rules are named in bitsandbytes.optim.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
     """
     op = "optimizer_update_32bit"
     check.tensor(op, "p", p)
@@ -109,10 +114,14 @@ def optimizer_update_8bit_blockwise(
     """One step with 8-bit state in blocks of 256: x = qmap[state] * absmax (arXiv 2110.02861).
 
     Args:
-        state1, state2: uint8; zeros with absmax of zeros before the first step.
+        state1, state2: uint8, of the shape of p, (2, *p.shape) for state1 of ademamix; zeros, with zeros in absmax,
+            before the first step.
         qmap1, qmap2: 256 ascending fp32 values; the signed and the unsigned dynamic map, as a rule.
         absmax1, absmax2: fp32, one a block; (2, blocks) for state1 of ademamix.
         The others as in optimizer_update_32bit.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
     """
     op = "optimizer_update_8bit_blockwise"
     check.tensor(op, "p", p)

@@ -58,6 +58,10 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     """A tensor of zeros on a GPU whose pages wait in the memory of the CPU while the GPU has no room for them.
 
     It has the attributes `is_paged` and `page_deviceid`. Its memory is given back with the last tensor that shows it.
+
+    Raises:
+        RuntimeError: there is no CUDA, or no library for it.
+        ValueError: a negative size, or a device that is no GPU.
     """
     if any(size < 0 for size in shape):
         raise ValueError(f"get_paged: shape is {shape}, expected sizes of 0 or more")
@@ -70,7 +74,11 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 
 def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
-    """Starts moving the pages of a paged tensor to its GPU, or to the CPU, beside what the current stream does."""
+    """Starts moving the pages of a paged tensor to its GPU, or to the CPU, beside what the current stream does.
+
+    Raises:
+        ValueError, TypeError: A is no paged tensor.
+    """
     op = "prefetch_tensor"
     check.tensor(op, "A", A)
     if not getattr(A, "is_paged", False):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._ops_optim import TWO_STATES, first_states
+from .._ops_optim import MOMENTUM, TWO_STATES, first_states
 from ..functional.codebooks import create_dynamic_map
 from ..functional.paged import paged_strided, prefetch_tensor
 from ._batch import Batch, State, batches_of, same
@@ -161,8 +161,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             p = by_number[key]
             part = local_part(p)
             name, rule = f"state[{key}]", self.optimizer_name
-            maps = [self._qmap(kind, p.device) for kind in ("dynamic", "udynamic")]
-            saved = part_of(name, saved, p, self.sharding, rule, maps)
+            saved = part_of(name, saved, p, self.sharding, rule, self._qmap)
             entry = checked_state(name, saved, rule, part, self._first_shape(part))
             if entry and self.args.max_unorm > 0:  # files of other rules have none
                 entry.setdefault("unorm_vec", torch.zeros(1, device=p.device))
@@ -178,7 +177,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             return value
         device = p.device if move_to_device else value.device
         if key in ("qmap1", "qmap2"):
-            own = self._qmap("dynamic" if key == "qmap1" else "udynamic", device)
+            own = self._qmap(int(key[-1]), device)
             if torch.equal(own, value.to(device)):
                 return own
         if key in ("state1", "state2"):
@@ -192,7 +191,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             return self.get_state_buffer(p, dtype=value.dtype).copy_(value)
         return value.to(device, copy=True)
 
-    def _qmap(self, name: str, device: torch.device) -> Tensor:
+    def _qmap(self, number: int, device: torch.device) -> Tensor:
+        """The map of state 1 or 2."""
+        name = "dynamic" if number == 1 else "udynamic"
         if not self.name2qmap:
             self.fill_qmap()
         own = self.name2qmap[name]
@@ -238,12 +239,15 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _numbers(self, config: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments of the operator from lr to seed."""
         betas = config["betas"]
-        momentum = self.optimizer_name in ("momentum", "lars")
         beta2, beta3 = betas[1], betas[2] if len(betas) > 2 else 0.0
         return (
             *(float(config["lr"]), float(betas[0]), float(beta2), float(beta3), float(config["alpha"])),
             *(float(config["eps"]), float(config["weight_decay"]), config["t_alpha"] or 0, config["t_beta3"] or 0),
-            *(float(config["max_unorm"]), bool(config["skip_zeros"]), float(beta2) if momentum else 0.0),
+            *(
+                float(config["max_unorm"]),
+                bool(config["skip_zeros"]),
+                float(beta2) if self.optimizer_name in MOMENTUM else 0.0,
+            ),
             *(self.options.get("nesterov", False), self.options.get("bias_correction", True)),
             *(self.options.get("coupled_decay", False), config.get("seed")),
         )
@@ -352,7 +356,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             state[f"state{number}"] = self._doubled(part, dtype) if copies == 2 else self.get_state_buffer(p, dtype)
             if coded:
                 blocks = self.sharding.blocks(p)
-                state[f"qmap{number}"] = self._qmap("dynamic" if number == 1 else "udynamic", p.device)
+                state[f"qmap{number}"] = self._qmap(number, p.device)
                 absmax = (2, blocks) if copies == 2 else (blocks,)
                 state[f"absmax{number}"] = torch.zeros(absmax, dtype=torch.float32, device=p.device)
         if config["max_unorm"] > 0:

@@ -74,10 +74,7 @@ class Batch:
             lists = self.shards.lists(grads, steps)
             self._call(numbers, lists.p, lists.g, lists.tensors, lists.steps, self.shards.offsets, clock)
             self.shards.after(lists)
-            self._count(steps, clock)
-            return
-        plain = all(map(is_plain, self.params)) and all(p.is_contiguous() for p in self.params)
-        if plain and all(g.is_contiguous() for g in grads):
+        elif all(map(is_plain, self.params)) and all(x.is_contiguous() for x in (*self.params, *grads)):
             self._call(numbers, self.params, grads, self.tensors, steps, [], clock)
         else:
             self._run_flat(numbers, grads, steps, clock)

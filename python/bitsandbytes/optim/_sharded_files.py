@@ -8,7 +8,7 @@ FullyShardedDataParallel gathers and cuts states by itself, if each is an fp32 t
 codes as numbers, and the absmax of each element; -1 where a state is fp32.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from ._sharding import Moment, Sharding, State, moments_of
 from ._state_dict import unwrap, wrap
 
 _OP = "load_state_dict"
+
+Maps = Callable[[int, torch.device], Tensor]  # the map of state 1 or 2 on a device
 
 
 def make_whole(
@@ -37,13 +39,13 @@ def make_whole(
         states[key] = wrap(entry, inner)
 
 
-def part_of(name: str, saved: Any, p: Tensor, sharding: Sharding, rule: str, maps: Sequence[Tensor]) -> Any:
-    """The part of a saved state that belongs to the local part of a parameter. maps: those of states 1 and 2."""
+def part_of(name: str, saved: Any, p: Tensor, sharding: Sharding, rule: str, qmap: Maps) -> Any:
+    """The part of a saved state that belongs to the local part of a parameter."""
     place = sharding.places.get(id(p))
     if place is None or not isinstance(saved, Mapping) or not unwrap(saved):
         return saved
     if is_flattened(p):
-        return _collected(name, saved, p, place, rule, maps)
+        return _collected(name, saved, p, place, rule, qmap)
     return _local(name, unwrap(saved), p, place, rule)
 
 
@@ -144,10 +146,8 @@ def _spread(rule: str, p: Tensor, place: Place, state: State, any_coded: bool) -
     return entry
 
 
-def _collected(
-    name: str, entry: Mapping[str, Any], p: Tensor, place: Place, rule: str, maps: Sequence[Tensor]
-) -> State:
-    """The inverse of _spread; maps: those of states 1 and 2."""
+def _collected(name: str, entry: Mapping[str, Any], p: Tensor, place: Place, rule: str, qmap: Maps) -> State:
+    """The inverse of _spread."""
     found: State = {"step": entry["step"]} if "step" in entry else {}
     for moment in moments_of(rule):
         key, scales = _names(moment)
@@ -164,7 +164,7 @@ def _collected(
             if not torch.equal(absmax[blocks], each):
                 raise ValueError(f"{_OP}: {name}.{scales} changes within a block, expected a file of the same layout")
             parts = [values.to(torch.uint8), absmax]
-            found[f"qmap{moment.number}"] = maps[moment.number - 1]
+            found[f"qmap{moment.number}"] = qmap(moment.number, p.device)
         for what, part in zip((f"state{moment.number}", f"absmax{moment.number}"), parts, strict=False):
             shaped = part.reshape(1, *part.shape) if moment.rows > 1 else part
             found[what] = torch.cat([found[what], shaped]) if moment.row else shaped

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._ops_optim import TWO_STATES, check_state
+from .._ops_optim import SQUARES_ALONE, TWO_STATES, check_state
 
 _OP = "load_state_dict"
 QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
@@ -147,7 +147,7 @@ def checked_state(name: str, saved: Any, rule: str, like: Tensor, first_shape: t
             raise ValueError(str(error).replace(f"{_OP}: ", f"{_OP}: {name}.", 1)) from None
         if qmap is not None and not bool((qmap[1:] >= qmap[:-1]).all()):
             raise ValueError(f"{_OP}: {name}.qmap{number} is not in ascending order, expected a sorted map without NaN")
-        second = number == 2 or rule in ("rmsprop", "adagrad")  # moments: squares
+        second = number == 2 or rule in SQUARES_ALONE  # moments: squares
         if qmap is None or absmax is None:
             _check_values(f"{name}.state{number}", state, 0.0 if second else -math.inf)
         else:

@@ -21,6 +21,11 @@ class Adagrad(Optimizer1State):
         args: Any = None,
         min_8bit_size: int = 4096,
     ) -> None:
+        """As torch.optim.Adagrad; the others as in Optimizer1State.
+
+        Raises:
+            ValueError: lr_decay or initial_accumulator_value is not 0.
+        """
         if initial_accumulator_value != 0:
             raise ValueError("Initial accumulator value != 0.0 not supported!")
         if lr_decay != 0:

@@ -22,6 +22,11 @@ class Adam(Optimizer2State):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
+        """As torch.optim.Adam; the others as in Optimizer2State.
+
+        Raises:
+            ValueError: amsgrad is set.
+        """
         no_amsgrad(self, amsgrad)
         own = (optim_bits, args, min_8bit_size)
         Optimizer2State.__init__(self, "adam", params, lr, betas, eps, weight_decay, *own, is_paged=is_paged)

@@ -29,6 +29,7 @@ class AdEMAMix(Optimizer2State):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
+        """betas: of m1, v and m2. t_alpha, t_beta3: steps, None for none. The others as in Optimizer2State."""
         options = (optim_bits, None, min_8bit_size, 0.0, False, is_paged)
         Optimizer2State.__init__(
             self, "ademamix", params, lr, betas, eps, weight_decay, *options, alpha, t_alpha, t_beta3

@@ -28,6 +28,11 @@ class LAMB(Optimizer2State):
         min_8bit_size: int = 4096,
         max_unorm: float = 1.0,
     ) -> None:
+        """betas, eps, weight_decay as in Adam; the others as in Optimizer2State.
+
+        Raises:
+            ValueError: amsgrad is set.
+        """
         no_amsgrad(self, amsgrad)
         own = (optim_bits, args, min_8bit_size, max_unorm)
         Optimizer2State.__init__(self, "lamb", params, lr, betas, eps, weight_decay, *own)

@@ -25,6 +25,11 @@ class LARS(Optimizer1State):
         min_8bit_size: int = 4096,
         max_unorm: float = 0.02,
     ) -> None:
+        """As torch.optim.SGD; the others as in Optimizer1State.
+
+        Raises:
+            NotImplementedError: momentum is 0.
+        """
         if momentum == 0:
             raise NotImplementedError("LARS without momentum is not supported!")
         own = (optim_bits, args, min_8bit_size, max_unorm)

@@ -20,6 +20,7 @@ class Lion(Optimizer1State):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
+        """The arguments are those of Optimizer1State."""
         own = (optim_bits, args, min_8bit_size)
         Optimizer1State.__init__(self, "lion", params, lr, betas, 0.0, weight_decay, *own, is_paged=is_paged)
 

@@ -77,11 +77,18 @@ class Optimizer2State(Optimizer8bit):
         """
         Args:
             optimizer_name: adam, ademamix or lamb.
+            lr, eps, weight_decay: 0 or more.
+            betas: from 0 to below 1.
+            optim_bits: 32, or 8 for states in 8 bits, in blocks of 256 with a scale each.
             args: an object with the attributes optim_bits, min_8bit_size, max_unorm and skip_zeros, instead of those.
             min_8bit_size: parameters with fewer elements have states of 32 bits.
             max_unorm: the update becomes no longer than this times the norm of the parameter; 0 for no limit.
             skip_zeros: pass over elements whose gradient is 0.
+            is_paged: let states of large parameters on a GPU live in memory that it shares with the CPU.
             alpha, t_alpha, t_beta3: of AdEMAMix.
+
+        Raises:
+            ValueError: a number out of its range.
         """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
@@ -111,6 +118,9 @@ class Optimizer1State(Optimizer8bit):
         Args:
             optimizer_name: momentum, lars, rmsprop, adagrad or lion.
             The others as in Optimizer2State.
+
+        Raises:
+            ValueError: a number out of its range.
         """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         common = _Common(optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)

@@ -22,6 +22,11 @@ class RMSprop(Optimizer1State):
         args: Any = None,
         min_8bit_size: int = 4096,
     ) -> None:
+        """As torch.optim.RMSprop; the others as in Optimizer1State.
+
+        Raises:
+            NotImplementedError: alpha is 0, momentum is not, or centered is set.
+        """
         if alpha == 0:
             raise NotImplementedError("RMSprop with alpha==0.0 is not supported!")
         if centered:

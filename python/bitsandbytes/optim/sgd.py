@@ -24,6 +24,11 @@ class SGD(Optimizer1State):
         args: Any = None,
         min_8bit_size: int = 4096,
     ) -> None:
+        """As torch.optim.SGD; the others as in Optimizer1State.
+
+        Raises:
+            NotImplementedError: momentum is 0.
+        """
         if momentum == 0:
             raise NotImplementedError("SGD without momentum is not supported!")
         own = (optim_bits, args, min_8bit_size)

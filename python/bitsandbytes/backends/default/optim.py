@@ -10,12 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ... import _checks as check
 from ..._ops import register_kernel
-from ..._ops_optim import BLOCK, TWO_STATES, check_optimizer_step, check_update_8bit, check_update_32bit
+from ..._ops_optim import (
+    BLOCK,
+    MOMENTUM,
+    SQUARES_ALONE,
+    TWO_STATES,
+    check_optimizer_step,
+    check_update_8bit,
+    check_update_32bit,
+    first_states,
+)
 from ..utils import nearest_codes
 from .stochastic import rounded_stochastically
-
-UNSQUARED = ("lion", "momentum", "lars")  # rules without g^2, which may be infinite where g is not
 
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -50,7 +58,7 @@ class Config:
     def at(self, t: int) -> "Hyper":
         """The numbers of step t."""
         beta1, gain1, beta3, alpha, scale, eps = self.beta1, 1 - self.beta1, self.beta3, self.alpha, 1.0, self.eps
-        if self.rule in ("momentum", "lars"):  # at t = 1 what was in the state does not count
+        if self.rule in MOMENTUM:  # at t = 1 what was in the state does not count
             beta1, gain1 = (0.0, 1.0) if t == 1 else (self.beta1, 1 - self.dampening)
         if self.rule == "adagrad":
             beta1 = gain1 = 1.0
@@ -63,12 +71,11 @@ class Config:
             part, to = t / self.t_beta3, math.log(self.beta3)
             ratio = to / math.log(self.beta1) if self.beta1 > 0 else 0.0
             beta3 = min(self.beta3, math.exp(to / ((1 - part) * ratio + part)))
-        nesterov = self.rule in ("momentum", "lars")
         decay = 1 - self.lr * self.weight_decay if self.decoupled else 1.0
         return Hyper(
             beta1=_f32(beta1),
             gain1=_f32(gain1),
-            beta2=_f32(self.beta1 if nesterov else self.beta2),
+            beta2=_f32(self.beta1 if self.rule in MOMENTUM else self.beta2),  # Nesterov's step ahead
             gain2=_f32(1 - self.beta2),
             beta3=_f32(beta3),
             gain3=_f32(1 - beta3),
@@ -123,10 +130,10 @@ def _direction(c: Config, h: Hyper, g: Tensor, s: list[Tensor]) -> tuple[Tensor,
     """u and the states moved."""
     if c.rule == "lion":
         return _average(s[0], h.beta1, g, h.gain1).sign(), [_average(s[0], h.beta2, g, h.gain2)]
-    if c.rule in ("momentum", "lars"):
+    if c.rule in MOMENTUM:
         m = _average(s[0], h.beta1, g, h.gain1).clamp(-_LARGEST, _LARGEST)
         return _fma(m, h.beta2, g) if c.nesterov else m, [m]
-    if c.rule in ("rmsprop", "adagrad"):
+    if c.rule in SQUARES_ALONE:
         v = _average(s[0], h.beta1, g * g, h.gain1).clamp(max=_LARGEST)
         return g * h.scale / (_sqrt(v) + h.eps), [v]
     m = _average(s[0], h.beta1, g, h.gain1)
@@ -179,11 +186,11 @@ def _states(
 ) -> list[_State]:
     """The moments of a tensor of n elements, those of state 1 first."""
     found = []
-    blocks = (n + BLOCK - 1) // BLOCK
+    blocks = check.blocks(n, BLOCK)
     for stored, scales, values, signed in zip(state, absmax, qmap, (True, False), strict=True):
         if stored is not None:
             flat = stored.view(-1)
-            for i in range(2 if signed and rule == "ademamix" else 1):
+            for i in range(first_states(rule) if signed else 1):
                 part = None if scales is None else scales.view(-1)[i * blocks : (i + 1) * blocks]
                 found.append(_State(flat[i * n : (i + 1) * n], part, values, signed))
     return found
@@ -211,7 +218,7 @@ def _step(
     h = c.at(t)
     flat, raw = p.reshape(-1).float(), g.reshape(-1).float() * _f32(gnorm_scale)
     grad = _fma(flat, h.coupled, raw)
-    takes_part = (grad if c.rule in UNSQUARED else grad * grad).isfinite()
+    takes_part = (grad * grad if c.rule in (*TWO_STATES, *SQUARES_ALONE) else grad).isfinite()
     if c.skip_zeros:
         takes_part &= raw != 0
     before = [s.load() for s in states]
