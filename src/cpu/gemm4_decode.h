@@ -106,10 +106,10 @@ template <class Isa, class Math> class Decoder {
   }
 
   // Group g of `count` rows from row n on to memory: rows row_stride, vectors of a group vector_stride elements apart.
-  // Zeros follow the last element of a row. `ahead` bytes further on, codes are prefetched.
+  // Zeros follow the last element of a row.
   template <Layout layout, int count>
   BNB_INLINE void group_of_rows(const Table& table, const Row* rows, int64_t n, int64_t g, Element* to, int64_t row_stride,
-                                int64_t vector_stride, int64_t ahead) const {
+                                int64_t vector_stride) const {
     if constexpr (layout == Layout::anywhere) {
       for (int r = 0; r < count; ++r) elements(rows[r], smaller(n + r, d_.n - 1), g, to + r * row_stride, vector_stride);
     } else if (layout == Layout::halves && g * kGroup + kGroup > d_.k) {
@@ -122,7 +122,6 @@ template <class Isa, class Math> class Decoder {
 #pragma GCC unroll 4
       for (int r = 0; r < count; ++r, to += row_stride) {
         Vec w[vectors];
-        __builtin_prefetch(rows[r].codes + g * (kGroup / 2) + ahead, 0, 2);
         group<layout>(table, rows[r], g, w);
         for (int i = 0; i < vectors; ++i) Math::store(to + i * vector_stride, w[i]);
       }

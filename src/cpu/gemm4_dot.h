@@ -149,8 +149,7 @@ template <class Isa, class T, class Math> class DotGemm {
       } else {
         const auto table = decoder_.table();
         for (int64_t i = g; i < end; ++i)
-          decoder_.template group_of_rows<layout, columns_at_once>(table, rows, n, i, panel_ + (i - g) * kGroup, panel_stride, Math::lanes,
-                                                                   columns_at_once * d_.k / 2);
+          decoder_.template group_of_rows<layout, columns_at_once>(table, rows, n, i, panel_ + (i - g) * kGroup, panel_stride, Math::lanes);
         tiles_of<Tile::tile_rows>(m, count, [&](int64_t i, auto height) { tile<height()>(i, g, end, sums_ + (i - m) * columns_at_once); });
       }
       g = end;

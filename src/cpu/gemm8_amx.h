@@ -19,22 +19,23 @@ template <class Isa> class Int8Tiles {
   static void pack(const D& d, void* packed, Range rows) { Finish8<Isa>::pack(d, packed, rows); }
   BNB_INLINE static void load(const D& d, int64_t m, int64_t k, __m512i (&v)[2]) { load(d.a.data() + m * d.k + k, d.k - k, v); }
 
-  Int8Tiles(const D& d, const void* packed) : d_(d), finish_(d, packed) {}
+  Int8Tiles(const D& d, const void* packed) : d_(d), finish_{{d, packed}, {d, packed}} {}
 
-  static int64_t row_bytes(const D& d) { return d.k; }
   static int64_t scratch_bytes(const D&, int64_t) { return 0; }
   template <class F> void with_layout(F&& f) const { f(std::integral_constant<int, 0>{}); }
   template <int> void rows(int64_t n, int64_t count, void*, Row* to) const {
     for (int64_t i = 0; i < count; ++i) to[i] = d_.b.data() + smaller(n + i, d_.n - 1) * d_.k;
   }
+  BNB_INLINE static void prefetch(Row row, int64_t g) {
+    __builtin_prefetch(row + g * group, 0, 2), __builtin_prefetch(row + g * group + 64, 0, 2);
+  }
   struct Nothing {};
   BNB_INLINE Nothing table() const { return {}; }
-  template <int, int count> BNB_INLINE void decode(Nothing, const Row* rows, int64_t, int64_t g, char* to, int64_t ahead) const {
+  template <int, int count> BNB_INLINE void decode(Nothing, const Row* rows, int64_t, int64_t g, char* to) const {
     const int64_t left = d_.k - g * group;
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) {
       const int8_t* from = rows[i] + g * group;
-      __builtin_prefetch(from + ahead, 0, 2), __builtin_prefetch(from + ahead + 64, 0, 2);
       __m512i v[2];
       load(from, left, v);
       _mm512_store_si512(to + i * group, v[0]), _mm512_store_si512(to + i * group + 64, v[1]);
@@ -42,11 +43,13 @@ template <class Isa> class Int8Tiles {
   }
   template <int c, int a, int b> BNB_INLINE static void dot() { tile_dot_int8<c, a, b>(); }
 
-  void columns(int64_t n) { finish_.columns(n); }
-  void write(const __m512i (&sums)[16], int64_t m, int64_t count) const {
+  BNB_INLINE static __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+
+  void columns(int p, int64_t n) { finish_[p].columns(n); }
+  void write(int p, const __m512i (&sums)[16], int64_t m, int64_t count) const {
     alignas(64) int32_t rows[16 * kSumColumns];
     for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(rows + i * kSumColumns, sums[i]);
-    finish_.rows(m, count, rows);
+    finish_[p].rows(m, count, rows);
   }
 
  private:
@@ -61,7 +64,7 @@ template <class Isa> class Int8Tiles {
   BNB_INLINE static __mmask64 first(int64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
 
   const D& d_;
-  Finish8<Isa> finish_;
+  Finish8<Isa> finish_[2];
 };
 
 }  // namespace

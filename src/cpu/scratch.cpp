@@ -13,12 +13,12 @@ namespace {
 
 constexpr int64_t kKept = int64_t{4} << 20;  // bytes a thread keeps at most
 
-// Two slots, as a call uses at most two pieces at once: packed activations and a decoded panel.
+// As many as a call uses at once: packed activations, a decoded panel, weights of outlier columns.
 struct Cache {
   struct Slot {
     void* data = nullptr;
     int64_t bytes = 0;
-  } slots[2];
+  } slots[4];
   ~Cache() {
     for (auto& s : slots) std::free(s.data);
   }
@@ -28,21 +28,23 @@ thread_local Cache t_cache;
 }  // namespace
 
 Scratch::Scratch(int64_t bytes) : data_(nullptr), bytes_((std::max<int64_t>(bytes, 1) + 63) / 64 * 64) {
+  Cache::Slot* best = nullptr;
   for (auto& slot : t_cache.slots)
-    if (slot.bytes >= bytes_) {
-      data_ = std::exchange(slot.data, nullptr);
-      bytes_ = std::exchange(slot.bytes, 0);
-      return;
-    }
+    if (slot.bytes >= bytes_ && (!best || slot.bytes < best->bytes)) best = &slot;
+  if (best) {
+    data_ = std::exchange(best->data, nullptr);
+    bytes_ = std::exchange(best->bytes, 0);
+    return;
+  }
   data_ = std::aligned_alloc(64, static_cast<size_t>(bytes_));
   if (!data_) throw Error(Errc::out_of_memory, "scratch memory: " + std::to_string(bytes_) + " bytes could not be allocated");
 }
 
 Scratch::~Scratch() {
-  auto& smaller = t_cache.slots[t_cache.slots[0].bytes <= t_cache.slots[1].bytes ? 0 : 1];
-  if (bytes_ <= kKept && smaller.bytes < bytes_) {
-    std::swap(smaller.data, data_);
-    smaller.bytes = bytes_;
+  auto& smallest = *std::ranges::min_element(t_cache.slots, {}, &Cache::Slot::bytes);
+  if (bytes_ <= kKept && smallest.bytes < bytes_) {
+    std::swap(smallest.data, data_);
+    smallest.bytes = bytes_;
   }
   std::free(data_);
 }

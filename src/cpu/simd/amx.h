@@ -16,6 +16,10 @@ template <int t> BNB_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" 
 template <int t> BNB_INLINE void tile_load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(t), "r"(p), "r"(stride) : "memory");
 }
+// The same, but what it reads need not stay in L1.
+template <int t> BNB_INLINE void tile_load_once(const void* p, int64_t stride) {
+  asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(t), "r"(p), "r"(stride) : "memory");
+}
 template <int t> BNB_INLINE void tile_store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(t), "r"(p), "r"(stride) : "memory");
 }
@@ -41,7 +45,7 @@ class Tiles {
       config.rows[t] = 16;
       config.row_bytes[t] = static_cast<uint16_t>(((t == a) || ...) ? 64 : 4 * width);
     }
-    _tile_loadconfig(&config);
+    asm volatile("ldtilecfg %0" : : "m"(config));  // the intrinsic of GCC 12 says that it reads 8 of the 64 bytes
   }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
