@@ -415,6 +415,7 @@ MODEL_FIGURES = (
     Figure("load", "load s", False, {"nf4": 2, "fp4": 2}),
     Figure("mb", "model MB", False),
     Figure("decode", "decode tokens/s", True, {"nf4": 1.5, "fp4": 1.5, "int8": 2.5}),
+    Figure("rest", "decode ms a token outside quantized layers", False),
     Figure("prefill", "prefill tokens/s", True, {"nf4": 1.3, "fp4": 1.3, "int8": 1.5}),
     Figure("perplexity", "perplexity", False),
     Figure("rss", "peak RSS MB", False, dict.fromkeys(MODEL_MODES, 1)),
