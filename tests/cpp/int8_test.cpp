@@ -146,9 +146,7 @@ constexpr Shape kShapes[] = {{1, 1, 1},     {1, 4, 64},    {3, 5, 7},       {2, 
 
 std::vector<int8_t> random_codes(uint64_t seed, int64_t n) {
   const auto bytes = random_bytes(seed, n);
-  std::vector<int8_t> result(bytes.size());
-  std::memcpy(result.data(), bytes.data(), bytes.size());
-  return result;  // -128 too, which no quantization makes
+  return {bytes.begin(), bytes.end()};  // -128 too, which no quantization makes
 }
 
 std::vector<int32_t> plain_sums(const std::vector<int8_t>& a, const std::vector<int8_t>& b, Shape s) {
