@@ -7,7 +7,7 @@
 // update changing 64 MiB in place again and again, read + written (the states of an optimizer step)
 // copy   non-temporal copy, read + written      cache  reading 8 MiB again and again (the weights of one 4096x4096 4-bit layer)
 // fma    fp32 multiply-adds in registers        bf16   the best of fma, vdpbf16ps and tdpbf16ps, products of bf16 with fp32 sums
-// int8   the best of vpmaddwd, vpdpbusd and tdpbssd, products of int8 with int32 sums
+// int8   the best of vpmaddwd, vpdpbusd (of AVX-VNNI or AVX-512) and tdpbssd, products of int8 with int32 sums
 // Each figure is the best of several runs. Usage: bnb_limits [threads ...]
 #include <algorithm>
 #include <atomic>
@@ -169,6 +169,15 @@ TARGET("avx2") double madd_avx2() {
   return 2.0 * 16 * 12 * kSteps;
 }
 
+TARGET("avx2") double dot_avxvnni() {
+  __m256i s[12] = {};
+  const __m256i a = _mm256_setzero_si256();
+  for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 24
+    for (auto& v : s) asm volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(v) : "x"(a));
+  return 2.0 * 32 * 12 * kSteps;
+}
+
 TARGET("avx512f") uint64_t read_avx512(const char* p, size_t n) {
   __m512i s[4] = {};
   for (size_t i = 0; i < n; i += 256)
@@ -236,6 +245,11 @@ template <bool int8> double tiles_amx() {
   return 2.0 * 16 * 16 * (int8 ? 64 : 32) * 4 * (kSteps / 4);
 }
 
+bool has_avxvnni() {
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
@@ -247,6 +261,7 @@ Machine machine() {
   Machine m{read_plain, write_plain, copy_plain, fma_plain, fma_plain, fma_plain, "sse2", "sse2", "sse2"};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     m = {read_avx2, write_avx2, copy_avx2, fma_avx2, fma_avx2, madd_avx2, "avx2", "avx2", "avx2"};
+  if (has_avxvnni()) m.int8 = dot_avxvnni, m.int8_isa = "avxvnni";
   if (__builtin_cpu_supports("avx512f")) {
     m.read = read_avx512, m.write = write_avx512, m.copy = copy_avx512, m.fma = m.bf16 = fma_avx512;
     m.fma_isa = m.bf16_isa = "avx512f";

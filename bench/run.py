@@ -144,6 +144,7 @@ def machine() -> dict[str, Any]:
     wanted = (
         "avx2",
         "fma",
+        "avx_vnni",
         "avx512f",
         "avx512bw",
         "avx512_vbmi",

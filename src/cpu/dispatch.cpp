@@ -23,6 +23,7 @@ constexpr Candidate kCandidates[] = {
     {&kAmx, has_amx},
     {&kAvx512Bf16, has_avx512bf16},
     {&kAvx512, has_avx512},
+    {&kAvxVnni, has_avxvnni},
     {&kAvx2, has_avx2},
 #elif defined(__aarch64__)
     {&kNeon, [] { return true; }},

@@ -3,6 +3,7 @@
 
 #include "gemm8_amx.h"
 #include "gemm8_dot.h"
+#include "gemm8_lanes.h"
 
 namespace bnb::cpu {
 namespace {
@@ -12,6 +13,9 @@ template <class Isa> struct Choice8 {
 #if defined(__AMX_INT8__)
     constexpr int64_t kFewRows = 4;  // tiles cost as much for one row as for sixteen
     if (d.m > kFewRows) return f.template operator()<AmxGemm<Int8Tiles<Isa>>>();
+#else
+    if constexpr (Isa::lanes > 1)
+      if (d.m > LanesGemm8<Isa>::few_rows) return f.template operator()<LanesGemm8<Isa>>();
 #endif
     return f.template operator()<DotGemm8<Isa>>();
   }

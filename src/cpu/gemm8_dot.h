@@ -133,10 +133,16 @@ template <class Isa> class DotGemm8 {
     for (int64_t m = rows.begin; m < rows.end; ++m) {
       const int8_t* from = d.a.data() + m * d.k;
       Element* to = static_cast<Element*>(packed) + m * stride(d);
-      const int64_t size = d.k, padded = ceil_div(size, Ops::step) * Ops::step;  // for all the compiler knows, to[k] may change d
+      const int64_t size = d.k, padded = ceil_div(size, line) * line;  // for all the compiler knows, to[k] may change d
       for (int64_t k = 0; k < size; ++k) to[k] = from[k];
       for (int64_t k = size; k < padded; ++k) to[k] = 0;
-      if constexpr (Ops::shifted) shift[m] = 128 * static_cast<uint32_t>(Ops::sum(to, padded));
+      if constexpr (Ops::shifted) {
+        auto sums = Ops::zero();
+        int32_t lanes[4];
+        for (int64_t k = 0; k < padded; k += line) sums = Ops::add_bytes(to + k, sums);
+        Ops::add_lanes(sums, Ops::zero(), Ops::zero(), Ops::zero(), lanes);
+        shift[m] = 128 * static_cast<uint32_t>(lanes[0]);
+      }
     }
     Finish8<Isa>::pack(d, reinterpret_cast<char*>(shift) + sums_bytes(d), rows);
   }
@@ -167,12 +173,16 @@ template <class Isa> class DotGemm8 {
         for (int64_t j = 0; j < kSumColumns && n + j < d_.n; j += columns_at_once) {
           const int8_t* b[columns_at_once];  // those beyond n repeat the last
           for (int64_t i = 0; i < columns_at_once; ++i) b[i] = d_.b.data() + smaller(n + j + i, d_.n - 1) * d_.k;
+          int64_t fetched = 0;  // of the next rows of b: all by one tile, or two by each of two
           tiles_of<Ops::tile_rows>(m, count, [&](int64_t i, auto height) {
             int32_t* sums = sums_ + (i - m) * kSumColumns + j;
-            if (i == m)
-              tile<height(), true>(b, i, sums);
+            if (count <= Ops::tile_rows)
+              tile<height(), columns_at_once>(b, i, sums, 0);
+            else if (fetched < columns_at_once)
+              tile<height(), 2>(b, i, sums, fetched);
             else
-              tile<height(), false>(b, i, sums);
+              tile<height(), 0>(b, i, sums, 0);
+            fetched += 2;
           });
         }
         finish_.columns(n);
@@ -181,11 +191,11 @@ template <class Isa> class DotGemm8 {
     }
   }
 
-  // sums[i][j] = a[m + i] . b[j]. The first tile fetches the next rows of b.
-  template <int height, bool fetches>
-  [[gnu::noinline]] void tile(const int8_t* const (&b)[columns_at_once], int64_t m, int32_t* sums) const {
+  // sums[i][j] = a[m + i] . b[j]. Fetches so many of the next rows of b, from `first` on.
+  template <int height, int fetches>
+  [[gnu::noinline]] void tile(const int8_t* const (&b)[columns_at_once], int64_t m, int32_t* sums, int64_t first) const {
     const Element* x = x_ + m * stride_;
-    const int64_t k_size = d_.k, ahead = columns_at_once * k_size, stride = stride_;
+    const int64_t k_size = d_.k, ahead = (columns_at_once + first) * k_size, stride = stride_;
     Vec c[height][columns_at_once];
     for (auto& row : c)
       for (auto& sum : row) sum = Ops::zero();
@@ -202,7 +212,7 @@ template <class Isa> class DotGemm8 {
       Vec w[columns_at_once];
 #pragma GCC unroll 4
       for (int j = 0; j < columns_at_once; ++j) {
-        if constexpr (fetches) __builtin_prefetch(b[j] + k + ahead, 0, 2);
+        if (j < fetches) __builtin_prefetch(b[j] + k + ahead, 0, 2);
         w[j] = Ops::load_b(b[j] + k);
       }
       add(k, w);

@@ -141,13 +141,12 @@ struct Shape {
 // Around every tile, panel and vector; one row and many; k of no vector and of several chunks.
 constexpr Shape kShapes[] = {{1, 1, 1},     {1, 4, 64},    {3, 5, 7},       {2, 17, 63},    {5, 16, 65},    {6, 31, 127},    {7, 33, 128},
                              {8, 66, 64},   {13, 5, 1300}, {16, 64, 129},   {17, 32, 255},  {31, 48, 577},  {33, 130, 1024}, {47, 20, 96},
-                             {64, 96, 512}, {97, 3, 128},  {100, 77, 1000}, {1, 301, 4097}, {257, 40, 300}, {2, 3, 0}};
+                             {64, 96, 512}, {97, 3, 128},  {100, 77, 1000}, {1, 301, 4097}, {257, 40, 300}, {2, 3, 0},       {49, 18, 3},
+                             {70, 21, 1},   {130, 35, 67}, {65, 17, 1026},  {90, 4, 0}};
 
 std::vector<int8_t> random_codes(uint64_t seed, int64_t n) {
   const auto bytes = random_bytes(seed, n);
-  std::vector<int8_t> result(bytes.size());
-  std::memcpy(result.data(), bytes.data(), bytes.size());
-  return result;  // -128 too, which no quantization makes
+  return {bytes.begin(), bytes.end()};  // -128 too, which no quantization makes
 }
 
 std::vector<int32_t> plain_sums(const std::vector<int8_t>& a, const std::vector<int8_t>& b, Shape s) {
@@ -161,31 +160,40 @@ std::vector<int32_t> plain_sums(const std::vector<int8_t>& a, const std::vector<
   return sums;
 }
 
-TEST(Int8Product, SumsAreExact) {
-  uint64_t seed = 0;
-  for (const Shape s : kShapes) {
-    const auto a = random_codes(++seed, s.m * s.k), b = random_codes(seed + 1000, s.n * s.k);
-    const auto expected = plain_sums(a, b, s);
-    SCOPED_TRACE(std::to_string(s.m) + "x" + std::to_string(s.n) + "x" + std::to_string(s.k));
-    for_each_isa([&] {
-      Output<int32_t> sums(s.m * s.n);
-      gemm_int8({.m = s.m, .n = s.n, .k = s.k, .a = a, .b = b, .sums = sums.span()});
-      EXPECT_TRUE(same(sums.values(), expected));
-    });
-  }
-}
-
-// The largest sums there are.
-TEST(Int8Product, LongestSums) {
-  const Shape s{18, 5, kMaxInt8Depth};
-  const std::vector<int8_t> a(static_cast<size_t>(s.m * s.k), -128), b(static_cast<size_t>(s.n * s.k), -128);
-  const std::vector<int32_t> expected(static_cast<size_t>(s.m * s.n), static_cast<int32_t>(s.k * 16384));
+void expect_exact_sums(Shape s, const std::vector<int8_t>& a, const std::vector<int8_t>& b, const std::vector<int32_t>& expected) {
   for_each_isa([&] {
     Output<int32_t> sums(s.m * s.n);
     gemm_int8({.m = s.m, .n = s.n, .k = s.k, .a = a, .b = b, .sums = sums.span()});
     EXPECT_TRUE(same(sums.values(), expected));
   });
 }
+
+TEST(Int8Product, SumsAreExact) {
+  uint64_t seed = 0;
+  for (const Shape s : kShapes) {
+    const auto a = random_codes(++seed, s.m * s.k), b = random_codes(seed + 1000, s.n * s.k);
+    SCOPED_TRACE(std::to_string(s.m) + "x" + std::to_string(s.n) + "x" + std::to_string(s.k));
+    expect_exact_sums(s, a, b, plain_sums(a, b, s));
+  }
+}
+
+// The largest sums there are, of some rows and of many.
+TEST(Int8Product, LongestSums) {
+  for (const auto& [x, w] : {std::pair<int8_t, int8_t>{-128, -128}, {-128, 127}, {127, -128}})
+    for (const int64_t m : {18, 26}) {
+      const Shape s{m, 1, kMaxInt8Depth};
+      const std::vector<int8_t> a(static_cast<size_t>(s.m * s.k), x), b(static_cast<size_t>(s.k), w);
+      expect_exact_sums(s, a, b, std::vector<int32_t>(static_cast<size_t>(s.m), static_cast<int32_t>(s.k * x * w)));
+    }
+}
+
+#if !defined(BNB_TEST_DEVICE)  // whose kernels keep nothing in a cache
+TEST(Int8Product, MoreRowsThanStayInTheCache) {
+  const Shape s{341, 5, 4099};
+  const auto a = random_codes(1, s.m * s.k), b = random_codes(2, s.n * s.k);
+  expect_exact_sums(s, a, b, plain_sums(a, b, s));
+}
+#endif
 
 // y against the fp64 value of what is stored: 1e-6 of the sum of magnitudes before y is rounded.
 template <class T>

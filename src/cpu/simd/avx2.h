@@ -1,4 +1,4 @@
-// AVX2, FMA, F16C: 8 lanes.
+// AVX2, FMA, F16C: 8 lanes; AvxVnni adds AVX-VNNI.
 #pragma once
 
 #include "../codebook8.h"
@@ -227,6 +227,11 @@ struct Avx2 {
       }
     }
   };
+};
+
+// Its int8 products are vpdpbusd (gemm8_ops.h), all else is AVX2.
+struct AvxVnni : Avx2 {
+  static constexpr std::string_view name = "avxvnni";
 };
 
 }  // namespace
