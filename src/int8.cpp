@@ -2,6 +2,7 @@
 #include <bnb/int8.h>
 
 #include "arguments.h"
+#include "cpu/pages.h"
 #include "multiply.h"
 
 namespace bnb {
@@ -12,7 +13,9 @@ void quantize_rows(const QuantizeInt8& d) {
   const auto& kernels = cpu::active();
   const int64_t words = d.threshold > 0 ? outlier_words(d.columns) : 0;
   std::fill_n(d.outliers.begin(), words, 0);
+  const cpu::OutputPages pages(d.codes.data(), d.rows * d.columns);
   parallel_for(d.rows, grain_of(kGrainElements, d.columns), [&](int64_t begin, int64_t end) {
+    pages.map(begin * d.columns, end * d.columns);
     const cpu::Scratch scratch(words * 8);
     auto* own = static_cast<uint64_t*>(scratch.data());
     std::fill_n(own, words, 0);
