@@ -1,13 +1,14 @@
 // What this machine can do, for the percentages of the benchmark: prints one JSON object
 //   {"threads": {"1": {"read": x, "copy": x, "write": x, "update": x, "cache": x, "fresh32": x, "fresh64": x, "fma": y, "bf16": y,
-//                      "int8": y}, "2": {...}},
-//    "fma_isa": "avx512f", "bf16_isa": "amx", "int8_isa": "amx"}                        x in GB/s, y in 10^9 operations/s
+//                      "int8": y, "int8_loaded": y}, "2": {...}},
+//    "int8_loaded_isa": "amx", "fma_isa": "avx512f", "bf16_isa": "amx", "int8_isa": "amx"}    x in GB/s, y in 10^9 operations/s
 // read   reading 256 MiB                        write  non-temporal stores to 256 MiB of mapped pages
 // fresh  writing 32 and 64 MiB that were not mapped before, in huge pages, mapping and unmapping included
 // update changing 64 MiB in place again and again, read + written (the states of an optimizer step)
 // copy   non-temporal copy, read + written      cache  reading 8 MiB again and again (the weights of one 4096x4096 4-bit layer)
 // fma    fp32 multiply-adds in registers        bf16   the best of fma, vdpbf16ps and tdpbf16ps, products of bf16 with fp32 sums
 // int8   the best of vpmaddwd, vpdpbusd (of AVX-VNNI or AVX-512) and tdpbssd, products of int8 with int32 sums
+// int8_loaded  tdpbssd on tiles that are loaded as in a product, 32 KiB of one operand again and again (L1), 1 MiB of the other (L2)
 // Each figure is the best of several runs. Usage: bnb_limits [threads ...]
 #include <algorithm>
 #include <atomic>
@@ -100,6 +101,7 @@ struct Machine {
   double (*bf16)();
   double (*int8)();
   std::string fma_isa, bf16_isa, int8_isa;
+  double (*int8_loaded)() = nullptr;
 };
 
 uint64_t read_plain(const char* p, size_t n) {
@@ -221,7 +223,7 @@ TARGET("avx512f,avx512vnni") double dot_avx512vnni() {
     for (auto& v : s) asm volatile("vpdpbusd %1, %1, %0" : "+v"(v) : "v"(a));
   return 2.0 * 64 * 24 * kSteps;
 }
-template <bool int8> double tiles_amx() {
+template <bool int8> double tiles_amx(int64_t steps = kSteps / 4) {  // leaves the tiles configured if there are none
   struct alignas(64) Shape {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -232,7 +234,7 @@ template <bool int8> double tiles_amx() {
   asm volatile(
       "tilezero %%tmm0; tilezero %%tmm1; tilezero %%tmm2; tilezero %%tmm3; tilezero %%tmm4; tilezero %%tmm5; "
       "tilezero %%tmm6; tilezero %%tmm7" ::);
-  for (int64_t i = 0; i < kSteps / 4; ++i)
+  for (int64_t i = 0; i < steps; ++i)
     if constexpr (int8)
       asm volatile(
           "tdpbssd %%tmm6, %%tmm4, %%tmm0; tdpbssd %%tmm7, %%tmm4, %%tmm1; "
@@ -241,8 +243,26 @@ template <bool int8> double tiles_amx() {
       asm volatile(
           "tdpbf16ps %%tmm6, %%tmm4, %%tmm0; tdpbf16ps %%tmm7, %%tmm4, %%tmm1; "
           "tdpbf16ps %%tmm6, %%tmm5, %%tmm2; tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
+  if (steps > 0) asm volatile("tilerelease" ::);
+  return 2.0 * 16 * 16 * (int8 ? 64 : 32) * 4 * static_cast<double>(steps);
+}
+double tiles_loaded() {
+  constexpr size_t kFirst = size_t{32} << 10, kSecond = size_t{1} << 20, kTile = 1024;
+  static const Buffer memory = buffer(2 * kHugePage, 0);  // read by all threads, each through its own caches
+  tiles_amx<true>(0);
+  const char *first = memory.get(), *second = memory.get() + kHugePage;
+  for (int64_t turn = 0; turn < 16; ++turn)
+    for (size_t at = 0; at < kSecond; at += 2 * kTile) {
+      const char *a = first + at % kFirst, *b = second + at;
+      asm volatile(
+          "tileloadd (%0,%2,1), %%tmm4; tileloaddt1 (%1,%2,1), %%tmm6; tdpbssd %%tmm6, %%tmm4, %%tmm0; "
+          "tileloadd 1024(%0,%2,1), %%tmm5; tdpbssd %%tmm6, %%tmm5, %%tmm1; "
+          "tileloaddt1 1024(%1,%2,1), %%tmm7; tdpbssd %%tmm7, %%tmm4, %%tmm2; tdpbssd %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
+          "r"(b), "r"(int64_t{64})
+          : "memory");
+    }
   asm volatile("tilerelease" ::);
-  return 2.0 * 16 * 16 * (int8 ? 64 : 32) * 4 * (kSteps / 4);
+  return 2.0 * 16 * 16 * 64 * 4 * 16 * (kSecond / (2 * kTile));
 }
 
 bool has_avxvnni() {
@@ -268,7 +288,12 @@ Machine machine() {
   }
   if (__builtin_cpu_supports("avx512vnni")) m.int8 = dot_avx512vnni, m.int8_isa = "avx512vnni";
   if (__builtin_cpu_supports("avx512bf16")) m.bf16 = dot_avx512bf16, m.bf16_isa = "avx512bf16";
-  if (has_amx()) m.bf16 = tiles_amx<false>, m.int8 = tiles_amx<true>, m.bf16_isa = m.int8_isa = "amx";
+  if (has_amx()) {
+    m.bf16 = [] { return tiles_amx<false>(); };
+    m.int8 = [] { return tiles_amx<true>(); };
+    m.int8_loaded = tiles_loaded;
+    m.bf16_isa = m.int8_isa = "amx";
+  }
   return m;
 }
 #else
@@ -332,9 +357,13 @@ int main(int argc, char** argv) {
     std::printf(
         "%s\"%d\": {\"read\": %.2f, \"copy\": %.2f, \"write\": %.2f, \"update\": %.2f, \"cache\": %.2f, \"fresh32\": %.2f, \"fresh64\": "
         "%.2f, \"fma\": %.1f, "
-        "\"bf16\": %.1f, \"int8\": %.1f}",
+        "\"bf16\": %.1f, \"int8\": %.1f",
         c ? ", " : "", n, read, copy, write, update, cache, fresh32, fresh64, fma, bf16, int8);
+    if (m.int8_loaded) std::printf(", \"int8_loaded\": %.1f", peak(m.int8_loaded));
+    std::printf("}");
   }
-  std::printf("}, \"fma_isa\": \"%s\", \"bf16_isa\": \"%s\", \"int8_isa\": \"%s\"}\n", m.fma_isa.c_str(), m.bf16_isa.c_str(),
+  std::printf("}");
+  if (m.int8_loaded) std::printf(", \"int8_loaded_isa\": \"%s\"", m.int8_isa.c_str());
+  std::printf(", \"fma_isa\": \"%s\", \"bf16_isa\": \"%s\", \"int8_isa\": \"%s\"}\n", m.fma_isa.c_str(), m.bf16_isa.c_str(),
               m.int8_isa.c_str());
 }
