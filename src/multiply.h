@@ -24,7 +24,7 @@ template <class D> void multiply(const cpu::Product<D>& product, const D& d) {
   const int64_t steps = d.n / product.column_step + (d.n % product.column_step != 0);
   // A step reads column_step rows of the weight and multiplies them with all of a.
   const int64_t work = product.column_step * d.k * (4 + d.m);
-  parallel_for(steps, grain_of(4 * kGrainElements, work), [&](int64_t begin, int64_t end) {
+  parallel_for(steps, grain_of(32 * kGrainElements, work), [&](int64_t begin, int64_t end) {
     product.run(d, packed.data(), {begin * product.column_step, std::min(end * product.column_step, d.n)});
   });
 }

@@ -3,12 +3,20 @@
 
 #include <bnb/parallel.h>
 
+#include <algorithm>
 #include <exception>
 #include <type_traits>
 
 namespace bnb {
 
 ParallelFor current_parallel_for();
+
+// Units that a thread takes at once out of a share of `share` units: all of a short share, a quarter of a long one, so that none waits for
+// a thread that is late or slow.
+inline int64_t chunk_of(int64_t share, int64_t grain) {
+  const int64_t chunks = std::clamp<int64_t>(share / grain / 4, 1, 4);
+  return share / chunks + (share % chunks != 0);
+}
 
 // f(begin, end) over [0, count) in ranges of at least `grain`. Runs inline when one range would do. The first exception of a body is
 // rethrown.

@@ -5,12 +5,12 @@
 #include "int8.h"
 #include "ops.h"
 #include "optim.h"
+#include "parallel.h"
 
 namespace bnb::torch_ops {
 namespace {
 
-// torch gives every thread one range of equal length. Threads take quarters of such a range from a common counter instead, so that none
-// waits for one that was late or slow.
+// torch gives every thread one range of equal length. Threads take chunks of that length or less from a common counter instead.
 void torch_parallel(int64_t count, int64_t grain, ParallelBody body, void* context) {
   struct Job {
     ParallelBody body;
@@ -20,7 +20,7 @@ void torch_parallel(int64_t count, int64_t grain, ParallelBody body, void* conte
   } job{body, context, count, grain};
   const auto run = [](int64_t begin, int64_t end, void* j) {
     auto& job = *static_cast<Job*>(j);
-    const int64_t chunk = std::max(job.grain, (end - begin) / 4 + 1);
+    const int64_t chunk = chunk_of(end - begin, job.grain);
     for (int64_t i; (i = job.next.fetch_add(chunk)) < job.count;) job.body(job.context, i, std::min(i + chunk, job.count));
   };
   STD_TORCH_CHECK(torch_parallel_for(0, count, grain, run, &job) == 0, "parallel_for failed");
