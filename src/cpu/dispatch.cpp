@@ -25,8 +25,6 @@ constexpr Candidate kCandidates[] = {
     {&kAvx512, has_avx512},
     {&kAvxVnni, has_avxvnni},
     {&kAvx2, has_avx2},
-#elif defined(__aarch64__)
-    {&kNeon, [] { return true; }},
 #endif
     {&kScalar, [] { return true; }},
 };

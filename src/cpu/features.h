@@ -3,7 +3,7 @@
 
 namespace bnb::cpu {
 
-bool has_avx2();        // AVX2, FMA, F16C
+bool has_avx2();        // AVX2, FMA, F16C, BMI2
 bool has_avxvnni();     // AVX-VNNI: products of int8 in the encoding of AVX2
 bool has_avx512();      // F, BW, CD, DQ, VL
 bool has_avx512bf16();  // VBMI, VNNI, BF16

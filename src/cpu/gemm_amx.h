@@ -61,6 +61,7 @@ template <class Operand> class AmxGemm {
   static constexpr int64_t tile = 16, tile_bytes = 1024;
   static constexpr int64_t row_bytes = 128, group_bytes = tile * row_bytes;  // of a decoded group of 1 and of 16 rows of W
   static constexpr int64_t panel = 2 * tile;                                 // rows of W
+  static_assert(kColumnStep % panel == 0);
   static constexpr int64_t chunk = 8, chunk_bytes = 2 * chunk * group_bytes;
   static constexpr int64_t sums_bytes = 4 * tile_bytes;  // as many sums as are in tiles at once
   static constexpr int64_t block_bytes = 5 << 18;        // of packed a that stay in L2

@@ -68,7 +68,7 @@ struct Kernels {
   void (*optimizer_norms)(const OptimizerTask&, Range blocks, double (&sums)[2]);
 };
 
-extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kAvx512Bf16, kAmx, kNeon;
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kAvx512Bf16, kAmx;
 
 // The tables this build holds and this machine runs, best first.
 std::span<const Kernels* const> supported();

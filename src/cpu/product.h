@@ -36,9 +36,11 @@ template <int columns> void load_bias(const ConstView& all, int64_t n, float (&b
   });
 }
 
+inline constexpr int64_t kColumnStep = 32;  // columns that every product takes at once, or a part of
+
 // A product whose kernel depends on the call: Choice::of(d, f) is f<the kernel that serves d>().
 template <class D, class Choice> struct ProductBy {
-  static constexpr int64_t column_step = 16;
+  static constexpr int64_t column_step = kColumnStep;
   static int64_t pack_bytes(const D& d) {
     return Choice::of(d, [&]<class P>() { return P::pack_bytes(d); });
   }

@@ -2,9 +2,11 @@
 // Vector i of a decoded group holds code i of every lane, so activations are brought into the same order once a call (`permute`).
 #pragma once
 
-#include <immintrin.h>
-
 #include "../convert.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace bnb::cpu {
 namespace {
