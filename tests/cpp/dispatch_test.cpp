@@ -4,6 +4,9 @@
 #include <cstdio>
 #include <set>
 
+#include <bnb/gemm.h>
+#include <bnb/int8.h>
+
 #include "cases.h"
 #include "cpu/kernels.h"
 
@@ -35,6 +38,41 @@ TEST(Dispatch, TablesAreComplete) {
     EXPECT_GT(k->gemm_4bit.column_step, 0) << k->isa;
   }
   EXPECT_EQ(supported_isas().back(), "scalar");
+}
+
+// Columns are computed by several threads at once: a task that wrote those of another would race with it.
+TEST(Dispatch, ATaskOfAProductWritesItsColumnsOnly) {
+  constexpr int64_t k = 1000, blocks = 2;
+  for (const auto* kernels : cpu::supported())
+    for (const int64_t m : {1, 3, 8, 20, 33, 70}) {
+      const auto check = [&](const auto& product, const auto& d, auto& y, auto untouched) {
+        const int64_t n = d.n, begin = product.column_step, end = 2 * product.column_step;
+        std::vector<char> packed(static_cast<size_t>(product.pack_bytes(d)) + 64);
+        char* aligned = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64;
+        product.pack(d, aligned, {0, product.pack_units(d)});
+        product.run(d, aligned, {begin, end});
+        for (int64_t i = 0; i < m * n; ++i)
+          ASSERT_EQ(y[static_cast<size_t>(i)] == untouched, i % n < begin || i % n >= end)
+              << kernels->isa << ", m = " << m << ", row " << i / n << ", column " << i % n;
+      };
+      const auto size = [](int64_t x) { return static_cast<size_t>(x); };
+      {
+        const int64_t n = 4 * kernels->gemm_int8.column_step;
+        const std::vector<int8_t> a(size(m * k), 1), b(size(n * k), 1);
+        std::vector<int32_t> sums(size(m * n), -7);
+        check(kernels->gemm_int8, GemmInt8{.m = m, .n = n, .k = k, .a = a, .b = b, .sums = sums}, sums, -7);
+      }
+      {
+        const int64_t n = 4 * kernels->gemm_4bit.column_step, depth = 64 * 16;
+        std::vector<uint16_t> a(size(m * depth), 0x3f80), y(size(m * n), 0xc0e0);  // ones; -7
+        const std::vector<uint8_t> codes(size(n * depth / 2), 0xff);
+        const std::vector<float> absmax(size(n * depth / (64 * blocks)), 1);
+        Gemm4bit d{.blocksize = 64 * blocks, .m = m, .n = n, .k = depth, .a = {a.data(), DType::bf16, m * depth}, .codes = codes};
+        d.absmax.values = absmax;
+        d.out = {y.data(), DType::bf16, m * n};
+        check(kernels->gemm_4bit, d, y, uint16_t{0xc0e0});
+      }
+    }
 }
 
 TEST(Dispatch, TheEnvironmentChooses) {
