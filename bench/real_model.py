@@ -174,7 +174,7 @@ def decode_rate(model: Any, tok: Any, tokens: int = 64) -> float:
 
 
 def decode_rest(model: Any, tok: Any) -> float:
-    """Milliseconds of a token of decode_rate that are not in linear layers of bitsandbytes: with layers that cost nothing."""
+    """Milliseconds of a token of decode_rate outside the quantized layers: what is left when those cost nothing."""
     import torch
 
     made: dict[tuple[int, ...], Any] = {}
