@@ -247,11 +247,11 @@ template <bool int8> double tiles_amx(int64_t steps = kSteps / 4) {  // leaves t
   return 2.0 * 16 * 16 * (int8 ? 64 : 32) * 4 * static_cast<double>(steps);
 }
 double tiles_loaded() {
-  constexpr size_t kFirst = size_t{32} << 10, kSecond = size_t{1} << 20, kTile = 1024;
+  constexpr size_t kFirst = size_t{32} << 10, kSecond = size_t{1} << 20, kTile = 1024, kTurns = 512;
   static const Buffer memory = buffer(2 * kHugePage, 0);  // read by all threads, each through its own caches
   tiles_amx<true>(0);
   const char *first = memory.get(), *second = memory.get() + kHugePage;
-  for (int64_t turn = 0; turn < 16; ++turn)
+  for (size_t turn = 0; turn < kTurns; ++turn)
     for (size_t at = 0; at < kSecond; at += 2 * kTile) {
       const char *a = first + at % kFirst, *b = second + at;
       asm volatile(
@@ -262,7 +262,7 @@ double tiles_loaded() {
           : "memory");
     }
   asm volatile("tilerelease" ::);
-  return 2.0 * 16 * 16 * 64 * 4 * 16 * (kSecond / (2 * kTile));
+  return 2.0 * 16 * 16 * 64 * 4 * kTurns * (kSecond / (2 * kTile));
 }
 
 bool has_avxvnni() {
