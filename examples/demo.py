@@ -55,7 +55,7 @@ def measure(mode: str, progress: Progress) -> dict[str, Any]:
     """Runs bench.real_model on `mode` and gathers the figures as they come."""
     names, begin = list(STEPS), time.perf_counter()
     figures: dict[str, Any] = {}
-    command = [sys.executable, "-m", "bench.real_model", mode]
+    command = [sys.executable, "-m", "bench.real_model", mode, *(step for step in STEPS if step in real_model.STEPS)]
     folder = Path(real_model.__file__).parent.parent
     progress.show(f"{MODES[mode]}: {STEPS['load']}")
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
