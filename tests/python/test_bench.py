@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import cases, report
-from bench.run import Side, best_of_turns
+from bench import cases, real_model, report
+from bench.run import ROOT, Side, best_of_turns
 
 RESULT: dict[str, Any] = {
     "machine": {"cores": 2, "cpu": "Some(R) CPU (family 6, model 1)", "isa": ["avx2"], "date": "now", "commit": "abc"},
@@ -86,3 +88,18 @@ def test_a_worker_measures_a_case(name: str) -> None:
         assert 1e-7 < best < 1
     finally:
         side.stop()
+
+
+def test_the_demo_asks_for_the_steps_that_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else bench.real_model can measure."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    script = tmp_path / "python"  # -m bench.real_model nf4 STEP ...
+    echo = 'echo "{\\"$step\\": 1}"'
+    script.write_text(f'#!/bin/sh\nshift 3\nstep=load; {echo}\nfor step in "$@"; do {echo}; done\nstep=rss; {echo}\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    found = demo.measure("nf4", demo.Progress())
+    assert set(found) == set(demo.STEPS) and set(demo.STEPS) - {"load", "rss"} <= set(real_model.STEPS)
