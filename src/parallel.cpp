@@ -30,7 +30,7 @@ class Pool {
     std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
     const auto threads = static_cast<int64_t>(workers_.size()) + 1;
     if (!owner || threads == 1) return body(context, 0, count);
-    const int64_t chunk = std::max(grain, chunk_of(count / threads + 1, grain));
+    const int64_t chunk = std::max(grain, chunk_of(count / threads + (count % threads != 0), grain));
     {
       std::lock_guard lock(mutex_);
       count_ = count, chunk_ = chunk, body_ = body, context_ = context;
