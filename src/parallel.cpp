@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -11,10 +12,23 @@
 namespace bnb {
 namespace {
 
+// Waits for f() a little without sleeping: waking a thread takes longer than a small product does.
+template <class F> void spin_until(bool allowed, F&& f) {
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + std::chrono::microseconds(allowed ? 200 : 0);
+  while (!f() && Clock::now() < end)
+    for (int i = 0; i < 32 && !f(); ++i)
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#else
+      std::this_thread::yield();
+#endif
+}
+
 // One job at a time: callers that find the pool busy (another thread, or a body that calls parallel_for) run their job inline.
 class Pool {
  public:
-  explicit Pool(int threads) {
+  explicit Pool(int threads) : spins_(threads <= static_cast<int>(std::thread::hardware_concurrency())) {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
   }
   ~Pool() {
@@ -35,13 +49,16 @@ class Pool {
       std::lock_guard lock(mutex_);
       count_ = count, chunk_ = chunk, body_ = body, context_ = context;
       next_.store(0);
-      left_ = static_cast<int>(workers_.size());
-      ++job_;
+      left_.store(static_cast<int>(workers_.size()));
+      job_.fetch_add(1);
     }
     wake_.notify_all();
     take_chunks();
+    const auto done = [this] { return left_.load() == 0; };
+    spin_until(spins_, done);
+    if (done()) return;
     std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return left_ == 0; });
+    done_.wait(lock, done);
   }
 
  private:
@@ -50,24 +67,28 @@ class Pool {
   }
   void work() {
     for (uint64_t seen = 0;;) {
+      const auto called = [&] { return stop_.load() || job_.load() != seen; };
+      spin_until(spins_, called);
       {
         std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return stop_ || job_ != seen; });
+        wake_.wait(lock, called);
         if (stop_) return;
         seen = job_;
       }
       take_chunks();
-      std::lock_guard lock(mutex_);
-      if (--left_ == 0) done_.notify_one();
+      if (left_.fetch_sub(1) != 1) continue;
+      std::lock_guard lock(mutex_);  // run() looks at left_ under it before it sleeps
+      done_.notify_one();
     }
   }
 
   std::vector<std::thread> workers_;
   std::mutex mutex_, busy_;
   std::condition_variable wake_, done_;
-  bool stop_ = false;
-  uint64_t job_ = 0;
-  int left_ = 0;
+  const bool spins_;  // each thread has a core
+  std::atomic<bool> stop_{false};
+  std::atomic<uint64_t> job_{0};
+  std::atomic<int> left_{0};
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0, chunk_ = 0;
   ParallelBody body_ = nullptr;

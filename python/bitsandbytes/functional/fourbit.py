@@ -158,18 +158,20 @@ def gemm_4bit(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = Non
     """A [..., K] @ W^T + bias for a packed weight W of state.shape = [N, K]: one operator call, not differentiable."""
     # A graph of torch.compile shows the public operator.
     layout = None if _is_compiling() else state.linear_layout
+    second = state.state2
+    nested = second is not None and state.nested
     with _plain_tensors():  # B may be a Params4bit, which needs no detour through its __torch_function__ here
-        second = state.state2
-        if second is None or not state.nested:
-            if layout is not None:
-                return _linear_4bit(A, B, state.absmax, layout, bias)
-            return _gemm_4bit(A, B, state.shape, state.absmax, state.blocksize, state.quant_type, bias)
-        if second.blocksize != NESTED_BLOCKSIZE:  # which the operators take for granted
-            return _gemm_4bit(A, B, state.shape, scales(state), state.blocksize, state.quant_type, bias)
-        nested = (state.absmax, second.code, state.offset)
         if layout is not None:
-            return _linear_4bit(A, B, second.absmax, layout, bias, *nested)
-        return _gemm_4bit(A, B, state.shape, second.absmax, state.blocksize, state.quant_type, bias, *nested)
+            if not nested:
+                return _linear_4bit(A, B, state.absmax, layout, bias)
+            if second.blocksize == NESTED_BLOCKSIZE:  # which the operators take for granted
+                return _linear_4bit(A, B, second.absmax, layout, bias, state.absmax, second.code, state.offset)
+        parts = (state.blocksize, state.quant_type, bias)
+        if not nested:
+            return _gemm_4bit(A, B, state.shape, state.absmax, *parts)
+        if second.blocksize != NESTED_BLOCKSIZE:
+            return _gemm_4bit(A, B, state.shape, scales(state), *parts)
+        return _gemm_4bit(A, B, state.shape, second.absmax, *parts, state.absmax, second.code, state.offset)
 
 
 def gemv_4bit(
