@@ -158,19 +158,18 @@ def gemm_4bit(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = Non
     """A [..., K] @ W^T + bias for a packed weight W of state.shape = [N, K]: one operator call, not differentiable."""
     # A graph of torch.compile shows the public operator.
     layout = None if _is_compiling() else state.linear_layout
-    second = state.state2 if state.nested else None
     with _plain_tensors():  # B may be a Params4bit, which needs no detour through its __torch_function__ here
-        if layout is not None:
-            if second is None:
+        second = state.state2
+        if second is None or not state.nested:
+            if layout is not None:
                 return _linear_4bit(A, B, state.absmax, layout, bias)
-            if second.blocksize == NESTED_BLOCKSIZE:  # which the operators take for granted
-                return _linear_4bit(A, B, second.absmax, layout, bias, state.absmax, second.code, state.offset)
-        parts = (state.blocksize, state.quant_type, bias)
-        if second is None:
-            return _gemm_4bit(A, B, state.shape, state.absmax, *parts)
-        if second.blocksize != NESTED_BLOCKSIZE:
-            return _gemm_4bit(A, B, state.shape, scales(state), *parts)
-        return _gemm_4bit(A, B, state.shape, second.absmax, *parts, state.absmax, second.code, state.offset)
+            return _gemm_4bit(A, B, state.shape, state.absmax, state.blocksize, state.quant_type, bias)
+        if second.blocksize != NESTED_BLOCKSIZE:  # which the operators take for granted
+            return _gemm_4bit(A, B, state.shape, scales(state), state.blocksize, state.quant_type, bias)
+        nested = (state.absmax, second.code, state.offset)
+        if layout is not None:
+            return _linear_4bit(A, B, second.absmax, layout, bias, *nested)
+        return _gemm_4bit(A, B, state.shape, second.absmax, state.blocksize, state.quant_type, bias, *nested)
 
 
 def gemv_4bit(

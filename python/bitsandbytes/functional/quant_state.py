@@ -56,12 +56,11 @@ class QuantState:
         self.nested = state2 is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Not by way of __dict__: while nobody asks for it, CPython keeps the attributes in the object itself, which
-        # is what a forward pass over many layers has to fetch from memory.
         super().__setattr__(name, value)
         if name in ("shape", "blocksize", "quant_type"):
-            parts = (getattr(self, part, None) for part in ("shape", "blocksize", "quant_type"))
-            super().__setattr__("linear_layout", linear_4bit_layout(*parts))
+            known = self.__dict__
+            parts = (known.get("shape"), known.get("blocksize"), known.get("quant_type"))
+            known["linear_layout"] = linear_4bit_layout(*parts)
 
     def __getattr__(self, name: str) -> Any:
         # FSDP follows the keys of a state dict by attribute: weight.quant_state.bitsandbytes__nf4.
