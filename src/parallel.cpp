@@ -12,10 +12,13 @@
 namespace bnb {
 namespace {
 
-// Waits for f() a little without sleeping: waking a thread takes longer than a small product does.
+constexpr std::chrono::microseconds kAwake{200};  // as bnb/parallel.h says
+
+// Waits until f() or, at most, for that long without sleeping.
 template <class F> void spin_until(bool allowed, F&& f) {
   using Clock = std::chrono::steady_clock;
-  const auto end = Clock::now() + std::chrono::microseconds(allowed ? 200 : 0);
+  if (!allowed) return;
+  const auto end = Clock::now() + kAwake;
   while (!f() && Clock::now() < end)
     for (int i = 0; i < 32 && !f(); ++i)
 #if defined(__x86_64__)

@@ -2,6 +2,7 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -35,6 +36,23 @@ void expect_covers(int64_t count, int64_t grain) {
 TEST_P(Parallel, CoversEveryCount) {
   for (const int64_t count : {0, 1, 2, 3, 7, 8, 63, 64, 65, 1000, 4097})
     for (const int64_t grain : {1, 2, 3, 8, 100, 5000}) expect_covers(count, grain);
+}
+
+// Threads and callers that sleep are woken, and those about to.
+TEST_P(Parallel, CoversAfterAPauseAndInALongCall) {
+  for (int round = 0; round < 10; ++round)
+    for (const int pause : {0, 150, 195, 200, 205, 250, 1000}) {
+      const std::chrono::microseconds time(pause);
+      std::this_thread::sleep_for(time);
+      expect_covers(100, 8);
+      std::atomic<int64_t> sum{0};
+      const auto caller = std::this_thread::get_id();
+      parallel_for(16, 4, [&](int64_t begin, int64_t end) {
+        if (std::this_thread::get_id() != caller) std::this_thread::sleep_for(time);
+        sum += end - begin;
+      });
+      ASSERT_EQ(sum, 16);
+    }
 }
 
 TEST_P(Parallel, NothingToDoCallsNothing) {
