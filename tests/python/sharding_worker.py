@@ -5,6 +5,7 @@ Rank 0 writes what came of it, as whole tensors, to DIRECTORY/CASE/RANKS.pt. ref
 the messages to DIRECTORY/refused.pt.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -228,5 +229,17 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def leave() -> None:
+    """End without the interpreter's own end, which aborts now and then: pytorch/pytorch#179291.
+
+    DTensor's caches keep gloo's threads alive past destroy_process_group, and one that still has a tensor of Python's
+    to release waits for the GIL of an interpreter that is ending.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main()
+    leave()
