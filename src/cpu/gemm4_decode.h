@@ -59,14 +59,13 @@ template <class Isa, class Math> class Decoder {
   template <Layout layout> void rows(int64_t n, int64_t count, float* scratch, Row* to) const {
     const int64_t first = n * d_.k >> shift_;
     const float* blocks = nullptr;
+    prefetch_absmax(n + count, count);
     if (d_.absmax.is_nested()) {
       float* decoded = scratch + count * row_halves(d_);
       nested(first, d_.k == 0 ? first : ((smaller(n + count, d_.n) * d_.k - 1) >> shift_) + 1, decoded);
       blocks = decoded;
     } else {
       blocks = d_.absmax.values.data() + first;
-      const auto* next = reinterpret_cast<const char*>(blocks + (count * d_.k >> shift_));
-      for (int64_t i = 0; i < (count * d_.k >> shift_) * 4; i += 64) __builtin_prefetch(next + i, 0, 2);
     }
     constexpr int64_t unit = layout == Layout::groups ? kGroup : kGroup / 2;
     if (layout != Layout::anywhere && d_.blocksize == unit) {  // absmax as it lies there
@@ -85,6 +84,15 @@ template <class Isa, class Math> class Decoder {
       }
       to[i] = {d_.codes.data() + begin / 2, own};
     }
+  }
+
+  // Brings the absmax of rows [n, n + count), as it is stored, into L2.
+  BNB_INLINE void prefetch_absmax(int64_t n, int64_t count) const {
+    const Absmax& a = d_.absmax;
+    const int64_t size = a.is_nested() ? 1 : int64_t{sizeof(float)};
+    const auto* base = a.is_nested() ? reinterpret_cast<const char*>(a.codes.data()) : reinterpret_cast<const char*>(a.values.data());
+    const char *from = base + (n * d_.k >> shift_) * size, *end = base + ((n + count) * d_.k >> shift_) * size;
+    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
   }
 
   // To be kept in a local variable, that is in registers, around a loop.

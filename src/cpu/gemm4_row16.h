@@ -48,7 +48,7 @@ template <class Format> inline constexpr Digits4<Format> kDigits4{};
 template <class Isa, class T> class IntRowGemm {
   using Plain = RowGemm<Isa, T>;
   using Ops = Gemm8Ops<Isa>;
-  static constexpr int columns_at_once = 8, block = 16;
+  static constexpr int columns_at_once = 8;
   static constexpr int64_t step = 2 * kGroup;
   static constexpr float most = 127 * 128 + 63;
 
@@ -87,19 +87,12 @@ template <class Isa, class T> class IntRowGemm {
   static void run(const Gemm4bit& d, const void* packed, Range columns) {
     const auto& x = *static_cast<const Packed*>(packed);
     if (x.whole < 0) return Plain::run(d, &x + 1, columns);
-    const Decoder<Isa, FmaMath<Isa, T>> decoder(d);
-    const Scratch scratch(decoder.scratch_floats(d, block) * 4);
     const Table table = visit(d.type, []<class Format>(Format) {
       constexpr const auto& digits = kDigits4<Format>;
       return Table{_mm512_load_si512(digits.high), _mm512_load_si512(digits.low), 128 / static_cast<float>(digits.factor)};
     });
-    for (int64_t n = columns.begin; n < columns.end; n += block) {
-      alignas(64) float sums[block];
-      Row rows[block];
-      decoder.template rows<Layout::groups>(n, block, static_cast<float*>(scratch.data()), rows);
-      for (int j = 0; j < block; j += columns_at_once) columns_of(table, rows + j, d.k, x, sums + j);
-      write_row<Isa, T>(d, n, sums);
-    }
+    in_streams<columns_at_once>(d, Decoder<Isa, FmaMath<Isa, T>>(d), columns,
+                                [&](const Row(&rows)[columns_at_once], float* sums) { columns_of(table, rows, x, sums); });
   }
 
  private:
@@ -172,12 +165,11 @@ template <class Isa, class T> class IntRowGemm {
   };
   static constexpr Places places{};
 
-  [[gnu::noinline]] static void columns_of(const Table& table, const Row* rows, int64_t depth, const Packed& x, float* sums) {
+  [[gnu::noinline]] static void columns_of(const Table& table, const Row* rows, const Packed& x, float* sums) {
     __m512 sum[columns_at_once];
 #pragma GCC unroll 8
     for (auto& s : sum) s = _mm512_setzero_ps();
     const __m512i high = table.high, low = table.low;
-    const int64_t ahead = columns_at_once * depth / 2;
     const Term *term = x.terms(), *end = term + x.whole;
     for (; term < end; ++term) {
       const Row* row = rows;
@@ -187,7 +179,7 @@ template <class Isa, class T> class IntRowGemm {
 #pragma GCC unroll 8
       for (int j = 0; j < columns_at_once; ++j) {
         const uint8_t* codes = row[j].codes + codes_at;
-        __builtin_prefetch(codes + ahead, 0, 3);
+        prefetch_codes(codes);
         const __m512 part = product(high, low, _mm512_loadu_si512(codes), *term, scale);
         sum[j] = _mm512_fmadd_ps(part, two_scales(row[j].absmax + absmax_at, 1), sum[j]);
       }
@@ -201,8 +193,7 @@ template <class Isa, class T> class IntRowGemm {
         const __m512i codes =
             _mm512_inserti64x4(_mm512_castsi256_si512(Isa::load32(rows[j].codes + codes_at)), Isa::load32(rows[j + 1].codes + codes_at), 1);
         const __m512 scaled = _mm512_mul_ps(product(high, low, codes, *term, scale), two_scales(first, next - first));
-        sum[j] = _mm512_mask_add_ps(sum[j], 0x00ff, sum[j], scaled);
-        sum[j + 1] = _mm512_mask_add_ps(sum[j + 1], 0xff00, sum[j + 1], scaled);
+        add_halves(sum[j], sum[j + 1], scaled);
       }
     }
 #pragma GCC unroll 2
@@ -214,10 +205,11 @@ template <class Isa, class T> class IntRowGemm {
     // The permutes look at the low 6 bits of a byte, of which the tables ignore two.
     const __m512i even = _mm512_srli_epi16(codes, 4);
     const __m512i high_odd = _mm512_permutexvar_epi8(codes, high), high_even = _mm512_permutexvar_epi8(even, high);
-    __m512i dot = Ops::dot(high_even, term.high_even, Ops::dot(high_odd, term.high_odd, term.offset));
-    dot = Ops::dot(high_even, term.low_even, Ops::dot(high_odd, term.low_odd, _mm512_slli_epi32(dot, 7)));
+    const __m512i top = Ops::dot(high_even, term.high_even, Ops::dot(high_odd, term.high_odd, term.offset));
+    __m512i dot = Ops::dot(high_even, term.low_even, Ops::dot(high_odd, term.low_odd, _mm512_setzero_si512()));
     dot = Ops::dot(_mm512_permutexvar_epi8(codes, low), term.high_odd, dot);
     dot = Ops::dot(_mm512_permutexvar_epi8(even, low), term.high_even, dot);
+    dot = _mm512_add_epi32(dot, _mm512_slli_epi32(top, 7));
     return _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scale);
   }
 };
