@@ -52,20 +52,24 @@ void in_streams(const Gemm4bit& d, const Decoder<Isa, FmaMath<Isa, T>>& decoder,
     for (int l = 0; l < lines_at_first; ++l) __builtin_prefetch(d.codes.data() + n * d.k / 2 + 64 * l, 0, 2);
     decoder.prefetch_absmax(n, smaller(length, lanes));
   }
-  const Scratch scratch(streams * floats * int64_t{sizeof(float)});
+  const Scratch scratch(2 * streams * floats * int64_t{sizeof(float)});
+  Row rows[2][lanes][streams];
+  const auto prepare = [&](int64_t i, int s) {
+    Row own[lanes];
+    const int64_t count = smaller(lanes, length - i), slot = i / lanes % 2;
+    decoder.template rows<Layout::groups>(smaller(columns.begin + s * length + i, columns.end - 1), count,
+                                          static_cast<float*>(scratch.data()) + (slot * streams + s) * floats, own);
+    for (int64_t j = 0; j < count; ++j) rows[slot][j][s] = own[j];
+  };
+  for (int s = 0; s < streams; ++s) prepare(0, s);
   for (int64_t i = 0; i < length; i += lanes) {
     const int64_t count = smaller(lanes, length - i), first = columns.begin + i;
-    Row rows[lanes][streams];
-    for (int s = 0; s < streams; ++s) {
-      Row own[lanes];
-      decoder.template rows<Layout::groups>(smaller(first + s * length, columns.end - 1), count,
-                                            static_cast<float*>(scratch.data()) + s * floats, own);
-      for (int64_t j = 0; j < count; ++j) rows[j][s] = own[j];
-    }
+    const auto& now = rows[i / lanes % 2];
     alignas(64) float y[streams][lanes] = {};
     for (int64_t j = 0; j < count; ++j) {
       float sums[streams];
-      multiply(rows[j], sums);
+      multiply(now[j], sums);
+      if (j % (lanes / streams) == 0 && i + lanes < length) prepare(i + lanes, static_cast<int>(j / (lanes / streams)));
       for (int s = 0; s < streams; ++s) y[s][j] = sums[s];
     }
     for (int s = 0; s < streams; ++s)
