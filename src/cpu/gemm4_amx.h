@@ -15,7 +15,7 @@ template <class Isa> class Bf16Tiles4 {
  public:
   using D = Gemm4bit;
   using Row = cpu::Row;
-  static constexpr int64_t group = kGroup;
+  static constexpr int64_t group = kGroup, bytes = kGroup / 2;
 
   static int64_t pack_bytes(const D&) { return 0; }
   static void pack(const D&, void*, Range) {}
@@ -34,6 +34,7 @@ template <class Isa> class Bf16Tiles4 {
   template <Layout layout> void rows(int64_t n, int64_t count, void* scratch, Row* to) const {
     decoder_.template rows<layout>(n, count, static_cast<float*>(scratch), to);
   }
+  const void* row(int64_t n) const { return d_.codes.data() + n * d_.k / 2; }
   BNB_INLINE static void prefetch(const Row& row, int64_t g) { __builtin_prefetch(row.codes + g * (kGroup / 2), 0, 2); }
   BNB_INLINE __m512 table() const { return decoder_.table(); }
   template <Layout layout, int count> BNB_INLINE void decode(__m512 table, const Row* rows, int64_t n, int64_t g, void* to) const {

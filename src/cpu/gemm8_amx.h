@@ -13,7 +13,7 @@ template <class Isa> class Int8Tiles {
  public:
   using D = GemmInt8;
   using Row = const int8_t*;
-  static constexpr int64_t group = 128;
+  static constexpr int64_t group = 128, bytes = group;
 
   static int64_t pack_bytes(const D& d) { return Finish8<Isa>::pack_bytes(d); }
   static void pack(const D& d, void* packed, Range rows) { Finish8<Isa>::pack(d, packed, rows); }
@@ -26,6 +26,7 @@ template <class Isa> class Int8Tiles {
   template <int> void rows(int64_t n, int64_t count, void*, Row* to) const {
     for (int64_t i = 0; i < count; ++i) to[i] = d_.b.data() + smaller(n + i, d_.n - 1) * d_.k;
   }
+  const void* row(int64_t n) const { return d_.b.data() + n * d_.k; }
   BNB_INLINE static void prefetch(Row row, int64_t g) {
     __builtin_prefetch(row + g * group, 0, 2), __builtin_prefetch(row + g * group + 64, 0, 2);
   }

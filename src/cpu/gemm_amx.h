@@ -11,10 +11,11 @@
 // chunk. Each chunk starts from zero and the sums of chunks are added in vectors, for tiles of sums that are loaded again stall.
 //
 // `Operand` names the rest:
-//   D, group, Row                the descriptor, the elements of a group, what a row of W is read from
+//   D, group, bytes, Row         the descriptor, a group in elements and in bytes as stored, what a row of W is read from
 //   load(d, m, k, v)             a group of row m of a in the order of k in W, zeros behind its end
 //   with_layout(f)               f(constant): how rows of W lie
 //   rows<layout>(n, count, ..)   rows [n, n + count) of W; those behind the last repeat it
+//   row(n)                       where row n of W begins
 //   prefetch(row, g)             brings a group into L2
 //   table()                      what `decode` wants in registers
 //   decode<layout, count>(..)    a group of some rows to [row][128 bytes]
@@ -147,24 +148,29 @@ template <class Operand> class AmxGemm {
   // All of a, Q row tiles, with P tiles of W at once.
   template <auto layout, int P, int Q> void narrow(Range columns) {
     int64_t n = columns.begin;
-    for (; columns.end - n > (P - 1) * tile; n += P * tile) narrow_panel<layout, P, Q>(n);
+    for (; columns.end - n > (P - 1) * tile; n += P * tile) narrow_panel<layout, P, Q>(n, columns.end);
     if constexpr (P == 4)
-      for (; columns.end - n > tile; n += 2 * tile) narrow_panel<layout, 2, Q>(n);
-    for (; n < columns.end; n += tile) narrow_panel<layout, 1, Q>(n);
+      for (; columns.end - n > tile; n += 2 * tile) narrow_panel<layout, 2, Q>(n, columns.end);
+    for (; n < columns.end; n += tile) narrow_panel<layout, 1, Q>(n, columns.end);
   }
 
-  // Group g is decoded while group g - 1 is multiplied, some rows a step.
-  template <auto layout, int P, int Q> void narrow_panel(int64_t n) {
+  // Group g is decoded while group g - 1 is multiplied, some rows a step. The next panel is fetched meanwhile, in the order of memory: the
+  // rows of a panel are more than the CPU follows on its own.
+  template <auto layout, int P, int Q> void narrow_panel(int64_t n, int64_t end) {
     using S = Sums<P, Q>;
     constexpr int rows_a_step = 16 * P / S::steps;
+    constexpr int64_t bytes_a_step = rows_a_step * Operand::bytes;
     Row rows[P * tile];
     operand_.template rows<layout>(n, P * tile, row_scratch_, rows);
     const auto table = operand_.table();  // this and the rest in registers: every tile load clobbers memory
     char *const weights = weights_, *sums = sums_;
     const char* const x = x_;
     const int64_t x_tile = x_tile_, x_tile_row = x_tile_row_;
-    const auto decode_at = [&, weights](int64_t g, auto step) __attribute__((always_inline)) {
+    const char* const next = n + P * tile < end ? static_cast<const char*>(operand_.row(n + P * tile)) : nullptr;
+    const auto decode_at = [&, weights, next](int64_t g, auto step) __attribute__((always_inline)) {
       constexpr int first = step() * rows_a_step;
+      if (next)
+        for (int64_t i = 0; i < bytes_a_step; i += 64) __builtin_prefetch(next + (g * S::steps + step()) * bytes_a_step + i, 0, 2);
       operand_.template decode<layout, rows_a_step>(table, rows + first, n + first, g, weights + (g % 2 * P * tile + first) * row_bytes);
     };
     const auto multiply_at = [=](int64_t g, auto step) __attribute__((always_inline)) {
