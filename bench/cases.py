@@ -353,6 +353,7 @@ CASES: tuple[Case, ...] = (
     linear("bf16", 1, 1.25, bound="read", layers=20),
     linear("bf16", 1, None, bound="cache", deterministic=True),
     linear("bf16", 1, None, bound="read", layers=20, deterministic=True),
+    linear("bf16", 8, None, bound="read", layers=20),
     linear("bf16", 8, 1.3, bound="cache"),
     linear("bf16", 32, 1.35, bound="bf16"),
     linear("bf16", 128, 1.35, bound="bf16"),

@@ -86,13 +86,15 @@ template <class Isa, class Math> class Decoder {
     }
   }
 
-  // Brings the absmax of rows [n, n + count), as it is stored, into L2.
+  // Brings the absmax of rows [n, n + count), or its codes, into L2.
   BNB_INLINE void prefetch_absmax(int64_t n, int64_t count) const {
     const Absmax& a = d_.absmax;
     const int64_t size = a.is_nested() ? 1 : int64_t{sizeof(float)};
     const auto* base = a.is_nested() ? reinterpret_cast<const char*>(a.codes.data()) : reinterpret_cast<const char*>(a.values.data());
     const char *from = base + (n * d_.k >> shift_) * size, *end = base + ((n + count) * d_.k >> shift_) * size;
+    if (from >= end) return;
     for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+    __builtin_prefetch(end - 1, 0, 2);
   }
 
   // To be kept in a local variable, that is in registers, around a loop.

@@ -2,7 +2,7 @@
 //
 // The scale of a block leaves its sum, so that a weight costs one lookup and one FMA and is not rounded to the type of a: the result is
 // nearer to the quantized weights than that of the other products, and not bit-equal to them. Gemm4bit::batch_invariant turns it off.
-// Reads k / 2 bytes of codes a column, in order. 128 weights take 7 shifts, 8 permutes, 8 FMA and 2 more for the scale on two ports.
+// Reads k / 2 bytes of codes a column. 128 weights take 7 shifts, 8 permutes, 8 FMA and 2 more for the scale on two ports.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -34,21 +34,20 @@ BNB_INLINE void add_halves(__m512& first, __m512& second, __m512 x) {
   second = _mm512_mask_add_ps(second, 0x00ff, second, _mm512_shuffle_f32x4(x, x, 0x0e));
 }
 
-// Fetches codes on their way through a stream: into L2, where more fetches can be under way than in L1, long before their use; then into
-// L1.
+// Fetches the codes further on in a stream: long before their use into L2, where more fetches can be under way than in L1, then into L1.
 BNB_INLINE void prefetch_codes(const uint8_t* codes) {
   __builtin_prefetch(codes + 1024, 0, 2);
   __builtin_prefetch(codes + 512, 0, 3);
 }
 
-// Columns of y, `streams` at a time: multiply(rows of W, sums). The rows come from as many equal parts of W, each read from its begin to
-// its end: the CPU fetches ahead on its own, but within a page of 4 KiB, so it does that in all parts at once. Weights from memory take 0.6
-// of the time that they take in order.
+// Columns of y, `streams` at a time: multiply(rows of W, sums). They come from as many parts of `columns`, whose rows are read from the
+// first to the last: the CPU fetches ahead on its own, but within a page of 4 KiB, so it does that in all parts at once. Weights from
+// memory take 0.6 of the time that they take in order.
 template <int streams, class Isa, class T, class F>
 void in_streams(const Gemm4bit& d, const Decoder<Isa, FmaMath<Isa, T>>& decoder, Range columns, F&& multiply) {
   constexpr int lanes = Isa::lanes, lines_at_first = 4;
   const int64_t length = ceil_div(columns.end - columns.begin, streams), floats = decoder.scratch_floats(d, lanes);
-  for (int64_t n = columns.begin; n < columns.end; n += length) {
+  for (int64_t n = columns.begin; d.k > 0 && n < columns.end; n += length) {
     for (int l = 0; l < lines_at_first; ++l) __builtin_prefetch(d.codes.data() + n * d.k / 2 + 64 * l, 0, 2);
     decoder.prefetch_absmax(n, smaller(length, lanes));
   }

@@ -4,7 +4,7 @@
 // for each group of 128, also in two bytes. Three of the four products of bytes are summed exactly (vpdpbusd); that of the low ones is
 // below 2^-14 of the whole. Where few elements are much larger than the others (massive activations), what the high byte leaves of x is a
 // term of its own. So the error is below that of weights rounded to bf16. What has no such digits (NaN, infinities, tiny numbers) goes to
-// RowGemm. Reads k / 2 bytes of codes a column. 128 weights take 1 shift, 4 permutes, 6 dot products and 5 more for sums and scales on two
+// RowGemm. Reads k / 2 bytes of codes a column. 128 weights take 1 shift, 4 permutes, 6 dot products and 6 more for sums and scales on two
 // ports, where RowGemm takes 25.
 #pragma once
 
