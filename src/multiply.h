@@ -17,16 +17,24 @@ inline int64_t grain_of(int64_t elements, int64_t each) { return std::max<int64_
 
 template <class D> void multiply(const cpu::Product<D>& product, const D& d) {
   if (d.m == 0 || d.n == 0) return;
+  const int64_t units = product.pack_units(d), steps = d.n / product.column_step + (d.n % product.column_step != 0);
+  // A step reads column_step rows of the weight and multiplies them with all of a.
+  const int64_t grain = grain_of(32 * kGrainElements, product.column_step * d.k * (4 + d.m));
+  const auto run = [&](const cpu::Scratch& packed, int64_t begin, int64_t end) {
+    product.run(d, packed.data(), {begin * product.column_step, std::min(end * product.column_step, d.n)});
+  };
+  if (d.m == 1) {  // each thread for itself: what another has just written costs more to fetch than to make
+    parallel_for(steps, grain, [&](int64_t begin, int64_t end) {
+      const cpu::Scratch packed(product.pack_bytes(d));
+      product.pack(d, packed.data(), {0, units});
+      run(packed, begin, end);
+    });
+    return;
+  }
   const cpu::Scratch packed(product.pack_bytes(d));
-  const int64_t units = product.pack_units(d);
   parallel_for(units, grain_of(kGrainElements * units, d.m * d.k),
                [&](int64_t begin, int64_t end) { product.pack(d, packed.data(), {begin, end}); });
-  const int64_t steps = d.n / product.column_step + (d.n % product.column_step != 0);
-  // A step reads column_step rows of the weight and multiplies them with all of a.
-  const int64_t work = product.column_step * d.k * (4 + d.m);
-  parallel_for(steps, grain_of(32 * kGrainElements, work), [&](int64_t begin, int64_t end) {
-    product.run(d, packed.data(), {begin * product.column_step, std::min(end * product.column_step, d.n)});
-  });
+  parallel_for(steps, grain, [&](int64_t begin, int64_t end) { run(packed, begin, end); });
 }
 
 }  // namespace bnb

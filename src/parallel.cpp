@@ -32,7 +32,7 @@ template <class F> void spin_until(bool allowed, F&& f) {
 class Pool {
  public:
   explicit Pool(int threads) : spins_(threads <= static_cast<int>(std::thread::hardware_concurrency())) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   }
   ~Pool() {
     {
@@ -47,16 +47,15 @@ class Pool {
     std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
     const auto threads = static_cast<int64_t>(workers_.size()) + 1;
     if (!owner || threads == 1) return body(context, 0, count);
-    const int64_t chunk = std::max(grain, chunk_of(count / threads + (count % threads != 0), grain));
+    Chunks chunks(count, grain, threads);
     {
       std::lock_guard lock(mutex_);
-      count_ = count, chunk_ = chunk, body_ = body, context_ = context;
-      next_.store(0);
+      chunks_ = &chunks, count_ = count, body_ = body, context_ = context;
       left_.store(static_cast<int>(workers_.size()));
       job_.fetch_add(1);
     }
     wake_.notify_all();
-    take_chunks();
+    take_chunks(0);
     const auto done = [this] { return left_.load() == 0; };
     spin_until(spins_, done);
     if (done()) return;
@@ -65,10 +64,11 @@ class Pool {
   }
 
  private:
-  void take_chunks() {
-    for (int64_t begin; (begin = next_.fetch_add(chunk_)) < count_;) body_(context_, begin, std::min(begin + chunk_, count_));
+  void take_chunks(int thread) {
+    const int64_t begin = thread * chunks_->share();
+    chunks_->take(begin, std::min(begin + chunks_->share(), count_), [this](int64_t begin, int64_t end) { body_(context_, begin, end); });
   }
-  void work() {
+  void work(int index) {
     for (uint64_t seen = 0;;) {
       const auto called = [&] { return stop_.load() || job_.load() != seen; };
       spin_until(spins_, called);
@@ -78,7 +78,7 @@ class Pool {
         if (stop_) return;
         seen = job_;
       }
-      take_chunks();
+      take_chunks(index);
       if (left_.fetch_sub(1) != 1) continue;
       std::lock_guard lock(mutex_);  // run() looks at left_ under it before it sleeps
       done_.notify_one();
@@ -92,8 +92,8 @@ class Pool {
   std::atomic<bool> stop_{false};
   std::atomic<uint64_t> job_{0};
   std::atomic<int> left_{0};
-  std::atomic<int64_t> next_{0};
-  int64_t count_ = 0, chunk_ = 0;
+  Chunks* chunks_ = nullptr;
+  int64_t count_ = 0;
   ParallelBody body_ = nullptr;
   void* context_ = nullptr;
 };

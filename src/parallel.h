@@ -4,6 +4,7 @@
 #include <bnb/parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <type_traits>
 
@@ -11,12 +12,40 @@ namespace bnb {
 
 ParallelFor current_parallel_for();
 
-// Units that a thread takes at once out of a share of `share` units: all of a short share, a quarter of a long one, so that none waits for
-// a thread that is late or slow.
-inline int64_t chunk_of(int64_t share, int64_t grain) {
-  const int64_t chunks = std::clamp<int64_t>(share / grain / 4, 1, 4);
-  return share / chunks + (share % chunks != 0);
-}
+// A job of `count` units, in as many equal shares as there are threads, of which the long ones are cut into four chunks of at least
+// `grain`. A thread takes those of its own share first, for it may have their data in its cache since the last call, then what others have
+// left, so that none waits for a thread that is late or slow.
+class Chunks {
+ public:
+  Chunks(int64_t count, int64_t grain, int64_t threads) : count_(count) {
+    const auto up = [](int64_t a, int64_t b) { return a / b + (a % b != 0); };
+    share_ = up(count, std::clamp<int64_t>(up(count, grain), 1, threads));
+    chunk_ = std::max(up(share_, std::clamp<int64_t>(share_ / grain / 4, 1, 4)), up(count, kWords * 64));
+    chunks_ = up(count, chunk_);
+    if (chunk_ < share_)
+      for (auto& word : taken_) word.store(0, std::memory_order_relaxed);
+  }
+  int64_t share() const { return share_; }
+
+  // f(begin, end) for the chunks of [begin, end), some shares, and after them for others. To be called for every share.
+  template <class F> void take(int64_t begin, int64_t end, F&& f) {
+    if (begin >= end) return;
+    if (chunk_ >= share_) return f(begin, end);
+    const int64_t first = begin / chunk_ + (begin % chunk_ != 0);
+    for (int64_t i = 0; i < chunks_; ++i) {
+      const int64_t c = (first + i) % chunks_;
+      const uint64_t bit = uint64_t{1} << c % 64;
+      auto& word = taken_[c / 64];
+      if ((word.load(std::memory_order_relaxed) & bit) == 0 && (word.fetch_or(bit) & bit) == 0)
+        f(c * chunk_, std::min((c + 1) * chunk_, count_));
+    }
+  }
+
+ private:
+  static constexpr int64_t kWords = 16;
+  int64_t count_, share_, chunk_, chunks_;
+  std::atomic<uint64_t> taken_[kWords];  // a bit a chunk
+};
 
 // f(begin, end) over [0, count) in ranges of at least `grain`. Runs inline when one range would do. The first exception of a body is
 // rethrown.

@@ -1,5 +1,4 @@
 // torch.ops.bitsandbytes on the CPU.
-#include <atomic>
 #include <cstring>
 
 #include "int8.h"
@@ -10,18 +9,18 @@
 namespace bnb::torch_ops {
 namespace {
 
-// torch gives every thread one range of equal length. Threads take chunks of that length or less from a common counter instead.
+// torch gives every thread one range of equal length; Chunks says what a thread does of it.
 void torch_parallel(int64_t count, int64_t grain, ParallelBody body, void* context) {
+  uint32_t threads = 1;
+  STD_TORCH_CHECK(torch_get_num_threads(&threads) == 0, "get_num_threads failed");
   struct Job {
     ParallelBody body;
     void* context;
-    int64_t count, grain;
-    std::atomic<int64_t> next{0};
-  } job{body, context, count, grain};
+    Chunks chunks;
+  } job{body, context, Chunks(count, grain, threads)};
   const auto run = [](int64_t begin, int64_t end, void* j) {
     auto& job = *static_cast<Job*>(j);
-    const int64_t chunk = chunk_of(end - begin, job.grain);
-    for (int64_t i; (i = job.next.fetch_add(chunk)) < job.count;) job.body(job.context, i, std::min(i + chunk, job.count));
+    job.chunks.take(begin, end, [&](int64_t from, int64_t to) { job.body(job.context, from, to); });
   };
   STD_TORCH_CHECK(torch_parallel_for(0, count, grain, run, &job) == 0, "parallel_for failed");
 }

@@ -57,33 +57,31 @@ template <class Isa, class Math> class Decoder {
 
   // Rows [n, n + count); those beyond the last row of W repeat it. What the rows after them need of absmax is prefetched.
   template <Layout layout> void rows(int64_t n, int64_t count, float* scratch, Row* to) const {
-    const int64_t first = n * d_.k >> shift_;
-    const float* blocks = nullptr;
     prefetch_absmax(n + count, count);
-    if (d_.absmax.is_nested()) {
-      float* decoded = scratch + count * row_halves(d_);
-      nested(first, d_.k == 0 ? first : ((smaller(n + count, d_.n) * d_.k - 1) >> shift_) + 1, decoded);
-      blocks = decoded;
-    } else {
-      blocks = d_.absmax.values.data() + first;
-    }
-    constexpr int64_t unit = layout == Layout::groups ? kGroup : kGroup / 2;
-    if (layout != Layout::anywhere && d_.blocksize == unit) {  // absmax as it lies there
-      const int64_t inside = smaller(count, d_.n - n), units = d_.k / unit;
-      const uint8_t* codes = d_.codes.data() + n * d_.k / 2;
-      for (int64_t i = 0; i < inside; ++i) to[i] = {codes + i * (d_.k / 2), blocks + i * units};
-      for (int64_t i = inside; i < count; ++i) to[i] = to[inside - 1];
-      return;
-    }
-    for (int64_t i = 0; i < count; ++i, scratch += row_halves(d_)) {
-      const int64_t begin = smaller(n + i, d_.n - 1) * d_.k, offset = begin & (d_.blocksize - 1);
-      const float* own = blocks + ((begin >> shift_) - first);
-      if (layout != Layout::anywhere) {
-        for (int64_t j = 0; j * unit < d_.k; ++j) scratch[j] = own[(offset + j * unit) >> shift_];
-        own = scratch;
+    const int64_t inside = smaller(count, d_.n - n);
+    if constexpr (layout == Layout::anywhere) {
+      const float* blocks = blocks_of(n, inside, scratch + count * row_halves(d_));
+      for (int64_t i = 0; i < inside; ++i) {
+        const int64_t begin = (n + i) * d_.k;
+        to[i] = {d_.codes.data() + begin / 2, blocks + ((begin >> shift_) - (n * d_.k >> shift_))};
       }
-      to[i] = {d_.codes.data() + begin / 2, own};
+    } else {
+      const float* absmax = absmax_of<layout>(n, inside, scratch);
+      const uint8_t* codes = d_.codes.data() + n * d_.k / 2;
+      for (int64_t i = 0; i < inside; ++i) to[i] = {codes + i * (d_.k / 2), absmax + i * (d_.k / unit<layout>)};
     }
+    for (int64_t i = inside; i < count; ++i) to[i] = to[inside - 1];
+  }
+
+  // Whether absmax_of is a part of `absmax.values`.
+  template <Layout layout> bool is_direct() const { return !d_.absmax.is_nested() && d_.blocksize == unit<layout>; }
+  // The absmax of rows [n, n + count) of W, one number a group or half of one.
+  template <Layout layout> const float* absmax_of(int64_t n, int64_t count, float* scratch) const {
+    const int64_t units = count * d_.k / unit<layout>, offset = n * d_.k & (d_.blocksize - 1);
+    const float* blocks = blocks_of(n, count, scratch + units);
+    if (d_.blocksize == unit<layout>) return blocks;
+    for (int64_t i = 0; i < units; ++i) scratch[i] = blocks[(offset + i * unit<layout>) >> shift_];
+    return scratch;
   }
 
   // Brings the absmax of rows [n, n + count), or its codes, into L2.
@@ -140,6 +138,16 @@ template <class Isa, class Math> class Decoder {
 
  private:
   static int64_t row_halves(const Gemm4bit& d) { return ceil_div(d.k, kGroup) * 2; }
+
+  template <Layout layout> static constexpr int64_t unit = layout == Layout::groups ? kGroup : kGroup / 2;
+
+  // The absmax of the blocks of rows [n, n + count), those of a nested one in the scratch.
+  const float* blocks_of(int64_t n, int64_t count, float* scratch) const {
+    const int64_t first = n * d_.k >> shift_;
+    if (!d_.absmax.is_nested()) return d_.absmax.values.data() + first;
+    nested(first, d_.k == 0 ? first : (((n + count) * d_.k - 1) >> shift_) + 1, scratch);
+    return scratch;
+  }
 
   // to[b - begin] = fl(code[codes[b]] * nested) + offset
   void nested(int64_t begin, int64_t end, float* to) const {

@@ -13,11 +13,11 @@ namespace bnb::cpu {
 namespace {
 
 // y[n .. n + count) = sums + bias, count <= 16.
-template <class Isa, class T> void write_row(const Gemm4bit& d, int64_t n, int64_t count, const float* sums) {
+template <class Isa, class T> void write_row(const Gemm4bit& d, int64_t n, int64_t count, __m512 sums) {
   T* to = static_cast<T*>(d.out.data) + n;
   alignas(64) float bias[Isa::lanes];
   load_bias(d.bias, n, bias);
-  const __m512 y = _mm512_add_ps(_mm512_load_ps(sums), _mm512_load_ps(bias));
+  const __m512 y = _mm512_add_ps(sums, _mm512_load_ps(bias));
   if (count == Isa::lanes) return Isa::store(to, y);
   T out[Isa::lanes];
   Isa::store(out, y);
@@ -40,39 +40,60 @@ BNB_INLINE void prefetch_codes(const uint8_t* codes) {
   __builtin_prefetch(codes + 512, 0, 3);
 }
 
-// Columns of y, `streams` at a time: multiply(rows of W, sums). They come from as many parts of `columns`, whose rows are read from the
-// first to the last: the CPU fetches ahead on its own, but within a page of 4 KiB, so it does that in all parts at once. Weights from
-// memory take 0.6 of the time that they take in order.
-template <int streams, class Isa, class T, class F>
+// `streams` rows of W that are multiplied at once, and where each begins.
+template <int streams> struct Streams {
+  const uint8_t* codes;
+  const float* absmax;
+  alignas(64) int64_t codes_at[streams];
+  alignas(64) int64_t absmax_at[streams];
+};
+
+// Columns of y, `height` adjacent ones of `streams` parts of `columns` at a time: multiply(Streams, sums[height][streams]). The CPU fetches
+// ahead on its own, but within a page of 4 KiB, so it does that in all parts at once: weights from memory take 0.6 of the time that they
+// take in order. An absmax that is not read where it lies is decoded between products, for the next rows. `columns` are a multiple of
+// `height`.
+template <int streams, int height, class Isa, class T, class F>
 void in_streams(const Gemm4bit& d, const Decoder<Isa, FmaMath<Isa, T>>& decoder, Range columns, F&& multiply) {
-  constexpr int lanes = Isa::lanes, lines_at_first = 4;
-  const int64_t length = ceil_div(columns.end - columns.begin, streams), floats = decoder.scratch_floats(d, lanes);
-  for (int64_t n = columns.begin; d.k > 0 && n < columns.end; n += length) {
-    for (int l = 0; l < lines_at_first; ++l) __builtin_prefetch(d.codes.data() + n * d.k / 2 + 64 * l, 0, 2);
-    decoder.prefetch_absmax(n, smaller(length, lanes));
+  constexpr int lanes = Isa::lanes, steps = lanes / height, ahead = streams, lines_at_first = 4;
+  if (columns.begin >= columns.end || d.k == 0) return;
+  const bool direct = decoder.template is_direct<Layout::groups>();
+  const int64_t length = ceil_div(columns.end - columns.begin, streams * height), last = columns.end - height;
+  const int64_t codes = d.k / 2, groups = d.k / kGroup, floats = decoder.scratch_floats(d, ahead * height);
+  const auto row_of = [&](int64_t step, int64_t stream) { return smaller(columns.begin + (stream * length + step) * height, last); };
+  for (int64_t n = columns.begin; n < columns.end; n += length * height) {
+    for (int l = 0; l < lines_at_first; ++l) __builtin_prefetch(d.codes.data() + n * codes + 64 * l, 0, 2);
+    decoder.prefetch_absmax(n, smaller(length, ahead) * height);
   }
-  const Scratch scratch(2 * streams * floats * int64_t{sizeof(float)});
-  Row rows[2][lanes][streams];
-  const auto prepare = [&](int64_t i, int s) {
-    Row own[lanes];
-    const int64_t count = smaller(lanes, length - i), slot = i / lanes % 2;
-    decoder.template rows<Layout::groups>(smaller(columns.begin + s * length + i, columns.end - 1), count,
-                                          static_cast<float*>(scratch.data()) + (slot * streams + s) * floats, own);
-    for (int64_t j = 0; j < count; ++j) rows[slot][j][s] = own[j];
+  const Scratch scratch(direct ? 0 : 2 * streams * floats * int64_t{sizeof(float)});
+  Streams<streams> rows{d.codes.data(), direct ? d.absmax.values.data() : static_cast<float*>(scratch.data()), {}, {}};
+  int64_t next[streams];  // absmax_at for the steps after the prepared ones
+  const auto prepare = [&](int64_t step, int s) {
+    const int64_t n = row_of(step, s);
+    float* to = static_cast<float*>(scratch.data()) + (step / ahead % 2 * streams + s) * floats;
+    next[s] =
+        decoder.template absmax_of<Layout::groups>(n, smaller(smaller(ahead, length - step) * height, columns.end - n), to) - rows.absmax;
   };
-  for (int s = 0; s < streams; ++s) prepare(0, s);
-  for (int64_t i = 0; i < length; i += lanes) {
-    const int64_t count = smaller(lanes, length - i), first = columns.begin + i;
-    const auto& now = rows[i / lanes % 2];
-    alignas(64) float y[streams][lanes] = {};
+  for (int s = 0; s < streams; ++s) {
+    rows.codes_at[s] = row_of(0, s) * codes;
+    rows.absmax_at[s] = row_of(0, s) * groups;
+    if (!direct) prepare(0, s);
+  }
+  alignas(64) float y[lanes][streams] = {};
+  alignas(64) int32_t places[lanes];
+  for (int i = 0; i < lanes; ++i) places[i] = i * streams;
+  for (int64_t i = 0; i < length; i += steps) {
+    const int64_t count = smaller(steps, length - i);
     for (int64_t j = 0; j < count; ++j) {
-      float sums[streams];
-      multiply(now[j], sums);
-      if (j % (lanes / streams) == 0 && i + lanes < length) prepare(i + lanes, static_cast<int>(j / (lanes / streams)));
-      for (int s = 0; s < streams; ++s) y[s][j] = sums[s];
+      const int64_t slot = (i + j) % ahead, later = i + j - slot + ahead;
+      if (!direct && slot == 0) std::memcpy(rows.absmax_at, next, sizeof(next));
+      multiply(rows, y[j * height]);
+      if (!direct && later < length) prepare(later, static_cast<int>(slot));
+      for (int64_t& at : rows.codes_at) at = smaller(at + height * codes, last * codes);
+      for (int64_t& at : rows.absmax_at) at = direct ? smaller(at + height * groups, last * groups) : at + height * groups;
     }
     for (int s = 0; s < streams; ++s)
-      if (const int64_t n = first + s * length; n < columns.end) write_row<Isa, T>(d, n, smaller(count, columns.end - n), y[s]);
+      if (const int64_t n = columns.begin + (s * length + i) * height; n < columns.end)
+        write_row<Isa, T>(d, n, smaller(count * height, columns.end - n), _mm512_i32gather_ps(_mm512_load_si512(places), y[0] + s, 4));
   }
 }
 
@@ -102,42 +123,45 @@ template <class Isa, class T> class RowGemm {
 
   static void run(const Gemm4bit& d, const void* packed, Range columns) {
     const Decoder<Isa, FmaMath<Isa, T>> decoder(d);
-    in_streams<columns_at_once>(d, decoder, columns, [&](const Row(&rows)[columns_at_once], float* sums) {
+    in_streams<columns_at_once, 1>(d, decoder, columns, [&](const Streams<columns_at_once>& rows, float* sums) {
       columns_of(decoder.table(), rows, d.k, static_cast<const float*>(packed), sums);
     });
   }
 
  private:
-  [[gnu::noinline]] static void columns_of(__m512 values, const Row (&rows)[columns_at_once], int64_t k, const float* x, float* sums) {
+  [[gnu::noinline]] static void columns_of(__m512 values, const Streams<columns_at_once>& rows, int64_t k, const float* x, float* sums) {
     __m512 sum[columns_at_once];
     for (auto& s : sum) s = _mm512_setzero_ps();
     const int64_t whole = k / step;
     for (int64_t i = 0; i < whole; ++i, x += step) {
+      const float* absmax = rows.absmax + 2 * i;
       __m512i eight[columns_at_once];
 #pragma GCC unroll 4
       for (int j = 0; j < columns_at_once; ++j) {
-        const uint8_t* codes = rows[j].codes + i * (step / 2);
+        const uint8_t* codes = rows.codes + rows.codes_at[j] + i * (step / 2);
         prefetch_codes(codes);
         eight[j] = _mm512_loadu_si512(codes);
       }
       __m512 block[columns_at_once];
       multiply(values, eight, x, block);
 #pragma GCC unroll 4
-      for (int j = 0; j < columns_at_once; ++j) sum[j] = _mm512_fmadd_ps(block[j], two_scales(rows[j].absmax + 2 * i, 1), sum[j]);
+      for (int j = 0; j < columns_at_once; ++j) sum[j] = _mm512_fmadd_ps(block[j], two_scales(absmax + rows.absmax_at[j], 1), sum[j]);
     }
     if (k % step != 0) {  // one group: that of rows j and j + 1 in the halves of a vector
+      const uint8_t* codes = rows.codes + whole * (step / 2);
+      const float* absmax = rows.absmax + 2 * whole;
       __m512i eight[columns_at_once / 2];
 #pragma GCC unroll 2
       for (int j = 0; j < columns_at_once / 2; ++j)
-        eight[j] = _mm512_inserti64x4(
-            _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[2 * j].codes + whole * (step / 2)))),
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[2 * j + 1].codes + whole * (step / 2))), 1);
+        eight[j] =
+            _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + rows.codes_at[2 * j]))),
+                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + rows.codes_at[2 * j + 1])), 1);
       __m512 block[columns_at_once / 2];
       multiply(values, eight, x, block);
 #pragma GCC unroll 2
       for (int j = 0; j < columns_at_once / 2; ++j) {
-        const float *first = rows[2 * j].absmax + 2 * whole, *second = rows[2 * j + 1].absmax + 2 * whole;
-        const __m512 product = _mm512_mul_ps(block[j], two_scales(first, second - first));
+        const int64_t first = rows.absmax_at[2 * j], second = rows.absmax_at[2 * j + 1];
+        const __m512 product = _mm512_mul_ps(block[j], two_scales(absmax + first, second - first));
         add_halves(sum[2 * j], sum[2 * j + 1], product);
       }
     }

@@ -10,6 +10,7 @@
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 
+#include <algorithm>
 #include <bit>
 
 #include "gemm4_row.h"
@@ -49,86 +50,171 @@ template <class Isa, class T> class IntRowGemm {
   using Plain = RowGemm<Isa, T>;
   using Ops = Gemm8Ops<Isa>;
   static constexpr int columns_at_once = 8;
+  using Rows = Streams<columns_at_once>;
   static constexpr int64_t step = 2 * kGroup;
   static constexpr float most = 127 * 128 + 63;
 
-  // `scale` times x is a part of the elements of two groups. Byte i of a vector belongs to the element of its name in byte i of the codes.
+  // x of two groups. Byte i of a vector belongs to the element of its name in byte i of the codes.
   struct alignas(64) Term {
     __m512i high_odd, high_even, low_odd, low_even;
     __m512i offset;  // minus the sum of x over each 8 elements, for the offset of the values
     int64_t group;   // the first one
-    float scale;
+    float rescale;   // the unit of the sum before it in that of this term; in `shared` that of the term in that of y
   };
+  // A row of an odd number of groups ends in the middle of two. It is multiplied together with the row behind it, so that a line of codes
+  // is one load: its terms, then those of the two groups that are its last and the first of the row behind, then the terms of that one.
+  enum Part { own, shared, behind, parts };
+  // Terms of a part go from the smallest unit to the largest: a sum changes its unit seldom.
   struct alignas(64) Packed {
-    int64_t whole, half;  // terms of two groups, then of the last one (twice, for two columns of y at once); whole < 0: RowGemm's x follows
+    int64_t count[parts];  // -1 at first: RowGemm's x follows
+    float rescale[parts];  // the unit of the last term in that of y
+    float unit;            // of y
     Term* terms() { return reinterpret_cast<Term*>(this + 1); }
     const Term* terms() const { return reinterpret_cast<const Term*>(this + 1); }
   };
+  // A term to be packed, in their order: by part, exponent (its unit is 2^-exponent) and place.
+  struct Key {
+    enum Kind { whole, high, rest };  // high: what the low byte cannot hold is left to the rest
+    uint64_t bits;
+    Key(Part part, int exponent, int64_t place, Kind kind)
+        : bits(static_cast<uint64_t>(part) << 56 | static_cast<uint64_t>(63 - exponent) << 48 | static_cast<uint64_t>(place) << 2 | kind) {}
+    bool operator<(Key k) const { return bits < k.bits; }
+    Part part() const { return static_cast<Part>(bits >> 56); }
+    int exponent() const { return 63 - static_cast<int>(bits >> 48 & 63); }
+    int64_t place() const { return static_cast<int64_t>((bits & ((uint64_t{1} << 48) - 1)) >> 2); }
+    Kind kind() const { return static_cast<Kind>(bits & 3); }
+  };
   struct Table {
     __m512i high, low;
-    float unit;
   };
+
+  static bool is_odd(const Gemm4bit& d) { return d.k % step != 0; }
+  static int64_t steps(const Gemm4bit& d) { return d.k / (is_odd(d) ? kGroup : step); }
 
  public:
   static bool serves(const Gemm4bit& d) { return Plain::serves(d); }
 
   static int64_t pack_bytes(const Gemm4bit& d) {
-    const int64_t terms = 2 * ceil_div(d.k, step) * int64_t{sizeof(Term)}, plain = Plain::pack_bytes(d);
+    const int64_t terms = 2 * steps(d) * int64_t{sizeof(Term) + sizeof(Key)}, plain = Plain::pack_bytes(d);
     return int64_t{sizeof(Packed)} + (terms < plain ? plain : terms);
   }
   static int64_t pack_units(const Gemm4bit&) { return 1; }
   static void pack(const Gemm4bit& d, void* packed, Range units) {
     auto& to = *static_cast<Packed*>(packed);
-    if (pack_terms(d, to)) return;
-    to.whole = -1;
-    Plain::pack(d, &to + 1, units);
+    if (pack_terms(d, to)) {
+      to.unit *= visit(d.type, []<class Format>(Format) { return 128 / static_cast<float>(kDigits4<Format>.factor); });
+    } else {
+      to.count[own] = -1;
+      Plain::pack(d, &to + 1, units);
+    }
   }
 
   static void run(const Gemm4bit& d, const void* packed, Range columns) {
     const auto& x = *static_cast<const Packed*>(packed);
-    if (x.whole < 0) return Plain::run(d, &x + 1, columns);
+    if (x.count[own] < 0) return Plain::run(d, &x + 1, columns);
     const Table table = visit(d.type, []<class Format>(Format) {
       constexpr const auto& digits = kDigits4<Format>;
-      return Table{_mm512_load_si512(digits.high), _mm512_load_si512(digits.low), 128 / static_cast<float>(digits.factor)};
+      return Table{_mm512_load_si512(digits.high), _mm512_load_si512(digits.low)};
     });
-    in_streams<columns_at_once>(d, Decoder<Isa, FmaMath<Isa, T>>(d), columns,
-                                [&](const Row(&rows)[columns_at_once], float* sums) { columns_of(table, rows, x, sums); });
+    const Decoder<Isa, FmaMath<Isa, T>> decoder(d);
+    const auto with_height = [&](auto height) {
+      in_streams<columns_at_once, height()>(d, decoder, columns,
+                                            [&](const Rows& rows, float* sums) { columns_of<height()>(table, rows, x, sums); });
+    };
+    if (!is_odd(d)) return with_height(std::integral_constant<int, 1>{});
+    const int64_t last = columns.end;
+    columns.end = last / 2 * 2;
+    with_height(std::integral_constant<int, 2>{});
+    if (last == columns.end) return;
+    // The last row of W has none behind it.
+    const int64_t groups = d.k / kGroup, absmax_floats = decoder.scratch_floats(d, 1);
+    const Scratch scratch(2 * absmax_floats * int64_t{sizeof(float)} + d.k);
+    auto* absmax = static_cast<float*>(scratch.data());
+    auto* codes = reinterpret_cast<uint8_t*>(absmax + 2 * absmax_floats);
+    std::memset(scratch.data(), 0, static_cast<size_t>(2 * absmax_floats * int64_t{sizeof(float)} + d.k));
+    std::memcpy(codes, d.codes.data() + (d.n - 1) * d.k / 2, static_cast<size_t>(d.k / 2));
+    std::memcpy(absmax, decoder.template absmax_of<Layout::groups>(d.n - 1, 1, absmax + absmax_floats),
+                static_cast<size_t>(groups) * sizeof(float));
+    alignas(64) float sums[2 * columns_at_once];
+    columns_of<2>(table, Rows{codes, absmax, {}, {}}, x, sums);
+    write_row<Isa, T>(d, d.n - 1, 1, _mm512_load_ps(sums));
   }
 
  private:
+  // |x| is at most its largest bits.
+  BNB_INLINE static __m512i larger(__m512i top, __m512 x) { return _mm512_max_epu32(top, _mm512_castps_si512(_mm512_abs_ps(x))); }
+  BNB_INLINE static float largest_of(__m512i top) { return std::bit_cast<float>(_mm512_reduce_max_epu32(top)); }  // a NaN is above all
+
   static bool pack_terms(const Gemm4bit& d, Packed& to) {
     const T* from = static_cast<const T*>(d.a.data);
-    Term* term = to.terms();
-    to.whole = to.half = 0;
-    for (int64_t k = 0; k < d.k; k += step) {
-      const bool whole = k + step <= d.k;
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t k = 0; k < d.k; k += Isa::lanes) top = larger(top, Isa::load(from + k));
+    const float largest = largest_of(top);
+    if (largest != 0 && !(largest > 0x1p-60f && largest < __builtin_inff())) return false;
+    const int64_t count = steps(d);
+    auto* const keys = reinterpret_cast<Key*>(to.terms() + 2 * count);
+    Key* end = keys;
+    for (int64_t i = 0; i < count; ++i) {
+      const Part part = !is_odd(d) || i < count / 2 ? own : i == count / 2 ? shared : behind;
       __m512 x[8];
+      load(d, i, x);
+      top = _mm512_setzero_si512();
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) x[i] = Isa::load(from + k + 16 * (whole ? i : i % 4));
-      __m512i top = _mm512_setzero_si512();
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) top = _mm512_max_epu32(top, _mm512_castps_si512(_mm512_abs_ps(x[i])));
-      const auto largest = std::bit_cast<float>(_mm512_reduce_max_epu32(top));  // a NaN is above all
-      if (largest != 0 && !(largest > 0x1p-90f && largest < __builtin_inff())) return false;
+      for (const auto& v : x) top = larger(top, v);
+      const float most_here = largest_of(top);
+      const int below = power_of(largest) - power_of(most_here) - 1;
+      const int exponent = below < 0 ? 0 : below > 40 ? 40 : below;
       __m512 total = _mm512_setzero_ps();
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) total = _mm512_add_ps(total, _mm512_min_ps(_mm512_abs_ps(x[i]), _mm512_set1_ps(largest / 8)));
-      const bool few_are_large = _mm512_reduce_add_ps(total) < largest * (step / 32);  // a mean of less than a 32nd
-      const float scale = largest / most, inverse = largest == 0 ? 0 : most / largest;
-      const Term* first = term;
-      if (few_are_large) {  // of which the low byte would be more than the others are
-        put<7>(x, scale, inverse, k, *term++);
-        put<0>(x, scale * 64 / most, inverse * most / 64, k, *term++);
+      for (const auto& v : x) total = _mm512_add_ps(total, _mm512_min_ps(_mm512_abs_ps(v), _mm512_set1_ps(most_here / 8)));
+      if (_mm512_reduce_add_ps(total) <
+          most_here * (step / 32)) {  // a mean of less than a 32nd: the low byte would be more than the others
+        *end++ = Key(part, exponent, i, Key::high);
+        *end++ = Key(part, exponent + 7, i, Key::rest);
       } else {
-        put<0>(x, scale, inverse, k, *term++);
+        *end++ = Key(part, exponent, i, Key::whole);
       }
-      (whole ? to.whole : to.half) += term - first;
+    }
+    if (!std::is_sorted(keys, end)) std::sort(keys, end);
+    to.unit = largest / most;
+    for (int p = own; p < parts; ++p) to.count[p] = 0, to.rescale[p] = 1;
+    Term* term = to.terms();
+    for (const Key* key = keys; key < end; ++key, ++term) {
+      const int part = key->part(), exponent = key->exponent();
+      const float scale = to.unit * power(-exponent), inverse = most / largest * power(exponent);
+      __m512 x[8];
+      load(d, key->place(), x);
+      if (key->kind() == Key::rest)
+#pragma GCC unroll 8
+        for (auto& v : x) digits<7>(v, scale * 128, inverse / 128);
+      if (key->kind() == Key::high)
+        put<7>(x, scale, inverse, *term);
+      else
+        put<0>(x, scale, inverse, *term);
+      term->group = 2 * key->place();
+      if (part == shared)
+        term->rescale = power(-exponent);
+      else
+        term->rescale = to.rescale[part] / power(-exponent), to.rescale[part] = power(-exponent);
+      ++to.count[part];
     }
     return true;
   }
+  static int power_of(float x) { return std::bit_cast<int>(x) >> 23; }
+  static float power(int exponent) { return std::bit_cast<float>((127 + exponent) << 23); }
+
+  // The groups at 2 `place` and behind it, of x after x.
+  BNB_INLINE static void load(const Gemm4bit& d, int64_t place, __m512 (&x)[8]) {
+    const T* from = static_cast<const T*>(d.a.data);
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+      const int64_t k = place * step + v * Isa::lanes;
+      x[v] = Isa::load(from + (k < d.k ? k : k - d.k));
+    }
+  }
 
   // term = the nearest multiples of 2^zeros to x * inverse; x becomes what they leave.
-  template <int zeros> BNB_INLINE static void put(__m512 (&x)[8], float scale, float inverse, int64_t k, Term& term) {
+  template <int zeros> BNB_INLINE static void put(__m512 (&x)[8], float scale, float inverse, Term& term) {
     __m512i high[4], low[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -146,8 +232,6 @@ template <class Isa, class T> class IntRowGemm {
     const __m512i high_sum = Ops::dot(one, term.high_odd, Ops::dot(one, term.high_even, none));
     const __m512i sum = Ops::dot(one, term.low_odd, Ops::dot(one, term.low_even, _mm512_slli_epi32(high_sum, 7)));
     term.offset = _mm512_sub_epi32(none, sum);
-    term.group = k / kGroup;
-    term.scale = scale;
   }
   template <int zeros> BNB_INLINE static __m512i digits(__m512& x, float scale, float inverse) {
     constexpr float unit = 1 << zeros;
@@ -165,52 +249,106 @@ template <class Isa, class T> class IntRowGemm {
   };
   static constexpr Places places{};
 
-  [[gnu::noinline]] static void columns_of(const Table& table, const Row* rows, const Packed& x, float* sums) {
+  // sums[height][columns_at_once]
+  template <int height> [[gnu::noinline]] static void columns_of(const Table& table, const Rows& rows, const Packed& x, float* sums) {
     __m512 sum[columns_at_once];
 #pragma GCC unroll 8
     for (auto& s : sum) s = _mm512_setzero_ps();
-    const __m512i high = table.high, low = table.low;
-    const Term *term = x.terms(), *end = term + x.whole;
-    for (; term < end; ++term) {
-      const Row* row = rows;
-      asm("" : "+r"(row));  // pointers from memory: GCC would keep some in vectors
-      const int64_t codes_at = term->group * (kGroup / 2), absmax_at = term->group;
-      const __m512 scale = _mm512_set1_ps(term->scale * table.unit);
+    const Term* term = add(table, rows, x, x.terms(), own, sum);
+    if constexpr (height == 2) {
+      __m512 second[columns_at_once];
 #pragma GCC unroll 8
-      for (int j = 0; j < columns_at_once; ++j) {
-        const uint8_t* codes = row[j].codes + codes_at;
-        prefetch_codes(codes);
-        const __m512 part = product(high, low, _mm512_loadu_si512(codes), *term, scale);
-        sum[j] = _mm512_fmadd_ps(part, two_scales(row[j].absmax + absmax_at, 1), sum[j]);
+      for (auto& s : second) s = _mm512_setzero_ps();
+      for (const Term* const end = term + x.count[shared]; term < end; ++term) {
+        const __m512 unit = _mm512_set1_ps(term->rescale);
+        each_two(table, rows, *term, [&](int j, __m512 part, __m512 absmax) __attribute__((always_inline)) {
+          part = _mm512_mul_ps(part, unit);
+          sum[j] = _mm512_mask3_fmadd_ps(part, absmax, sum[j], 0x00ff);
+          second[j] = _mm512_mask3_fmadd_ps(part, absmax, second[j], 0xff00);
+        });
       }
+      write(sum, x.unit, sums);
+      add(table, rows, x, term, behind, second);
+      write(second, x.unit, sums + columns_at_once);
+    } else {
+      write(sum, x.unit, sums);
     }
-    for (end += x.half; term < end; ++term) {  // one group: that of rows j and j + 1 in the halves of a vector
-      const int64_t codes_at = term->group * (kGroup / 2), absmax_at = term->group;
-      const __m512 scale = _mm512_set1_ps(term->scale * table.unit);
-#pragma GCC unroll 8
-      for (int j = 0; j < columns_at_once; j += 2) {
-        const float *first = rows[j].absmax + absmax_at, *next = rows[j + 1].absmax + absmax_at;
-        const __m512i codes =
-            _mm512_inserti64x4(_mm512_castsi256_si512(Isa::load32(rows[j].codes + codes_at)), Isa::load32(rows[j + 1].codes + codes_at), 1);
-        const __m512 scaled = _mm512_mul_ps(product(high, low, codes, *term, scale), two_scales(first, next - first));
-        add_halves(sum[j], sum[j + 1], scaled);
-      }
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < columns_at_once; j += 4) Gemm4Ops<Isa>::add_lanes(sum[j], sum[j + 1], sum[j + 2], sum[j + 3], true, sums + j);
   }
 
-  // scale * sum of value * x over each 8 elements
-  BNB_INLINE static __m512 product(__m512i high, __m512i low, __m512i codes, const Term& term, __m512 scale) {
+  // The terms of a part.
+  BNB_INLINE static const Term* add(const Table& table, const Rows& rows, const Packed& x, const Term* term, Part part,
+                                    __m512 (&sum)[columns_at_once]) {
+    const auto rescale = [&](float by) __attribute__((always_inline)) {
+      if (by == 1) return;
+#pragma GCC unroll 8
+      for (auto& s : sum) s = _mm512_mul_ps(s, _mm512_set1_ps(by));
+    };
+    for (const Term* const end = term + x.count[part]; term < end; ++term) {
+      rescale(term->rescale);
+      each_two(table, rows, *term,
+               [&](int j, __m512 value, __m512 absmax) __attribute__((always_inline)) { sum[j] = _mm512_fmadd_ps(value, absmax, sum[j]); });
+    }
+    rescale(x.rescale[part]);
+    return term;
+  }
+
+  // f(column, the sum over each 8 elements, absmax).
+  template <class F> BNB_INLINE static void each_two(const Table& table, const Rows& all, const Term& x, F&& f) {
+    const Rows* rows = &all;
+    asm("" : "+r"(rows));  // offsets from memory: GCC would keep some in vectors
+    const uint8_t* codes_at = rows->codes + x.group * (kGroup / 2);
+    const float* absmax = rows->absmax + x.group;
+#pragma GCC unroll 4
+    for (int j = 0; j < columns_at_once; j += 2) {
+      __m512i codes[2];
+      __m512 part[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const uint8_t* from = codes_at + rows->codes_at[j + i];
+        prefetch_codes(from);
+        codes[i] = _mm512_loadu_si512(from);
+      }
+      multiply(table, codes, x, part);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) f(j + i, part[i], two_scales(absmax + rows->absmax_at[j + i], 1));
+    }
+  }
+
+  // to[j] = unit * the lanes of sum j
+  BNB_INLINE static void write(const __m512 (&sum)[columns_at_once], float unit, float* to) {
+    __m512 pairs[columns_at_once / 2];  // sum 2 j in the lower half, 2 j + 1 in the upper one
+#pragma GCC unroll 4
+    for (int j = 0; j < columns_at_once / 2; ++j) pairs[j] = add_parts<0x44, 0xee>(sum[2 * j], sum[2 * j + 1]);
+    const __m512 first = add_parts<0x88, 0xdd>(pairs[0], pairs[1]), second = add_parts<0x88, 0xdd>(pairs[2], pairs[3]);
+    // 128-bit lane l: sums l, 4 + l, l, 4 + l, then both parts of each.
+    const __m512 both = _mm512_add_ps(_mm512_unpacklo_ps(first, second), _mm512_unpackhi_ps(first, second));
+    const __m512 all = _mm512_mul_ps(_mm512_add_ps(both, _mm512_permute_ps(both, 0x4e)), _mm512_set1_ps(unit));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all)));
+  }
+  template <int first, int second> BNB_INLINE static __m512 add_parts(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, first), _mm512_shuffle_f32x4(a, b, second));
+  }
+
+  // part[i] = sum of value * x over each 8 elements. Two vectors at once: one alone waits for its own dot products.
+  BNB_INLINE static void multiply(const Table& table, const __m512i (&codes)[2], const Term& x, __m512 (&part)[2]) {
+    __m512i odd[2], even[2], high_odd[2], high_even[2], dot[2];
+    const __m512i high = table.high, low = table.low;
+    const auto each = [](auto&& f) __attribute__((always_inline)) { f(0), f(1); };
     // The permutes look at the low 6 bits of a byte, of which the tables ignore two.
-    const __m512i even = _mm512_srli_epi16(codes, 4);
-    const __m512i high_odd = _mm512_permutexvar_epi8(codes, high), high_even = _mm512_permutexvar_epi8(even, high);
-    const __m512i top = Ops::dot(high_even, term.high_even, Ops::dot(high_odd, term.high_odd, term.offset));
-    __m512i dot = Ops::dot(high_even, term.low_even, Ops::dot(high_odd, term.low_odd, _mm512_setzero_si512()));
-    dot = Ops::dot(_mm512_permutexvar_epi8(codes, low), term.high_odd, dot);
-    dot = Ops::dot(_mm512_permutexvar_epi8(even, low), term.high_even, dot);
-    dot = _mm512_add_epi32(dot, _mm512_slli_epi32(top, 7));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scale);
+    each([&](int i) { odd[i] = codes[i], even[i] = _mm512_srli_epi16(codes[i], 4); });
+    each([&](int i) { high_odd[i] = _mm512_permutexvar_epi8(odd[i], high); });
+    each([&](int i) { high_even[i] = _mm512_permutexvar_epi8(even[i], high); });
+    each([&](int i) { dot[i] = Ops::dot(high_odd[i], x.high_odd, x.offset); });
+    each([&](int i) { odd[i] = _mm512_permutexvar_epi8(odd[i], low); });
+    each([&](int i) { dot[i] = Ops::dot(high_even[i], x.high_even, dot[i]); });
+    each([&](int i) { even[i] = _mm512_permutexvar_epi8(even[i], low); });
+    each([&](int i) { dot[i] = _mm512_slli_epi32(dot[i], 7); });
+    each([&](int i) { dot[i] = Ops::dot(high_odd[i], x.low_odd, dot[i]); });
+    each([&](int i) { dot[i] = Ops::dot(high_even[i], x.low_even, dot[i]); });
+    each([&](int i) { dot[i] = Ops::dot(odd[i], x.high_odd, dot[i]); });
+    each([&](int i) { dot[i] = Ops::dot(even[i], x.high_even, dot[i]); });
+    each([&](int i) { part[i] = _mm512_cvtepi32_ps(dot[i]); });
   }
 };
 
