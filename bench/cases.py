@@ -359,6 +359,7 @@ CASES: tuple[Case, ...] = (
     linear("bf16", 128, 1.35, bound="bf16"),
     linear("bf16", 512, 1.45, bound="bf16"),
     linear("bf16", 1, 3, n=1536, k=576),
+    linear("bf16", 1, 3, n=576, k=1536),
     linear("bf16", 1, 3, n=64, k=64),
     linear("fp32", 1, 0.8, bound="cache"),
     linear("fp32", 128, 0.7, bound="fma"),

@@ -54,13 +54,13 @@ template <int streams> struct Streams {
 // `height`.
 template <int streams, int height, class Isa, class T, class F>
 void in_streams(const Gemm4bit& d, const Decoder<Isa, FmaMath<Isa, T>>& decoder, Range columns, F&& multiply) {
-  constexpr int lanes = Isa::lanes, steps = lanes / height, ahead = streams, lines_at_first = 4;
-  if (columns.begin >= columns.end || d.k == 0) return;
+  constexpr int lanes = Isa::lanes, steps = lanes / height, ahead = streams, lines_at_first = 16;
+  if (columns.begin >= columns.end) return;
   const bool direct = decoder.template is_direct<Layout::groups>();
   const int64_t length = ceil_div(columns.end - columns.begin, streams * height), last = columns.end - height;
   const int64_t codes = d.k / 2, groups = d.k / kGroup, floats = decoder.scratch_floats(d, ahead * height);
   const auto row_of = [&](int64_t step, int64_t stream) { return smaller(columns.begin + (stream * length + step) * height, last); };
-  for (int64_t n = columns.begin; n < columns.end; n += length * height) {
+  for (int64_t n = columns.begin; d.k > 0 && n < columns.end; n += length * height) {
     for (int l = 0; l < lines_at_first; ++l) __builtin_prefetch(d.codes.data() + n * codes + 64 * l, 0, 2);
     decoder.prefetch_absmax(n, smaller(length, ahead) * height);
   }

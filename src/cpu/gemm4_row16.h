@@ -1,11 +1,11 @@
-// The 4-bit product for one row of a 16-bit a, in integers of two digits: sum over groups of absmax * scale of x * (sum of value * x).
+// The 4-bit product for one row of a 16-bit a, in integers of two digits: sum over groups of absmax * (sum of value * x).
 //
-// A value of the format is an integer of 15 bits up to a factor, looked up as two bytes (vpermb); x becomes one of 15 bits up to a factor
-// for each group of 128, also in two bytes. Three of the four products of bytes are summed exactly (vpdpbusd); that of the low ones is
-// below 2^-14 of the whole. Where few elements are much larger than the others (massive activations), what the high byte leaves of x is a
-// term of its own. So the error is below that of weights rounded to bf16. What has no such digits (NaN, infinities, tiny numbers) goes to
-// RowGemm. Reads k / 2 bytes of codes a column. 128 weights take 1 shift, 4 permutes, 6 dot products and 6 more for sums and scales on two
-// ports, where RowGemm takes 25.
+// A value of the format is an integer of 15 bits up to a factor, looked up as two bytes (vpermb). So is x, in a unit for each two groups
+// that is the one of the largest element times a power of two: then a sum is scaled where the unit changes, not for every product. Three of
+// the four products of bytes are summed exactly (vpdpbusd); that of the low ones is below 2^-14 of the whole. Where few elements are much
+// larger than the others (massive activations), what the high byte leaves of x is a term of its own. So the error is below that of weights
+// rounded to bf16. What has no such digits (NaN, infinities, tiny numbers) goes to RowGemm. Reads k / 2 bytes of codes a column. 128
+// weights take 1 shift, 4 permutes, 6 dot products and 4 more for sums and scales on two ports, where RowGemm takes 25.
 #pragma once
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
@@ -112,6 +112,12 @@ template <class Isa, class T> class IntRowGemm {
   static void run(const Gemm4bit& d, const void* packed, Range columns) {
     const auto& x = *static_cast<const Packed*>(packed);
     if (x.count[own] < 0) return Plain::run(d, &x + 1, columns);
+    run(d, x, columns);
+    check(d, columns);
+  }
+
+ private:
+  static void run(const Gemm4bit& d, const Packed& x, Range columns) {
     const Table table = visit(d.type, []<class Format>(Format) {
       constexpr const auto& digits = kDigits4<Format>;
       return Table{_mm512_load_si512(digits.high), _mm512_load_si512(digits.low)};
@@ -125,8 +131,11 @@ template <class Isa, class T> class IntRowGemm {
     const int64_t last = columns.end;
     columns.end = last / 2 * 2;
     with_height(std::integral_constant<int, 2>{});
-    if (last == columns.end) return;
-    // The last row of W has none behind it.
+    if (last != columns.end) last_row(d, decoder, table, x);
+  }
+
+  // Of an odd number of rows of an odd number of groups the last has none behind it.
+  static void last_row(const Gemm4bit& d, const Decoder<Isa, FmaMath<Isa, T>>& decoder, const Table& table, const Packed& x) {
     const int64_t groups = d.k / kGroup, absmax_floats = decoder.scratch_floats(d, 1);
     const Scratch scratch(2 * absmax_floats * int64_t{sizeof(float)} + d.k);
     auto* absmax = static_cast<float*>(scratch.data());
@@ -140,7 +149,22 @@ template <class Isa, class T> class IntRowGemm {
     write_row<Isa, T>(d, d.n - 1, 1, _mm512_load_ps(sums));
   }
 
- private:
+  // A sum of integers times absmax overflows where absmax is above 2^90: what is not finite is left to RowGemm.
+  static void check(const Gemm4bit& d, Range columns) {
+    constexpr int words = 32;
+    const auto infinity = _mm512_set1_epi16(std::is_same_v<T, Half> ? 0x7c00 : 0x7f80);
+    const auto* y = static_cast<const T*>(d.out.data);
+    for (int64_t n = columns.begin; n < columns.end; n += words) {
+      const auto inside = static_cast<__mmask32>((uint64_t{1} << smaller(words, columns.end - n)) - 1);
+      const __m512i sizes = _mm512_and_si512(_mm512_maskz_loadu_epi16(inside, y + n), _mm512_set1_epi16(0x7fff));
+      auto left = _mm512_cmpge_epi16_mask(sizes, infinity);
+      if (left == 0) continue;
+      const Scratch packed(Plain::pack_bytes(d));
+      Plain::pack(d, packed.data(), {0, 1});
+      for (; left != 0; left &= left - 1) Plain::run(d, packed.data(), {n + __builtin_ctz(left), n + __builtin_ctz(left) + 1});
+    }
+  }
+
   // |x| is at most its largest bits.
   BNB_INLINE static __m512i larger(__m512i top, __m512 x) { return _mm512_max_epu32(top, _mm512_castps_si512(_mm512_abs_ps(x))); }
   BNB_INLINE static float largest_of(__m512i top) { return std::bit_cast<float>(_mm512_reduce_max_epu32(top)); }  // a NaN is above all
@@ -167,8 +191,8 @@ template <class Isa, class T> class IntRowGemm {
       __m512 total = _mm512_setzero_ps();
 #pragma GCC unroll 8
       for (const auto& v : x) total = _mm512_add_ps(total, _mm512_min_ps(_mm512_abs_ps(v), _mm512_set1_ps(most_here / 8)));
-      if (_mm512_reduce_add_ps(total) <
-          most_here * (step / 32)) {  // a mean of less than a 32nd: the low byte would be more than the others
+      // Where the mean is less than a 32nd, the low byte would be more than the others are.
+      if (_mm512_reduce_add_ps(total) < most_here * (step / 32)) {
         *end++ = Key(part, exponent, i, Key::high);
         *end++ = Key(part, exponent + 7, i, Key::rest);
       } else {
@@ -181,7 +205,7 @@ template <class Isa, class T> class IntRowGemm {
     Term* term = to.terms();
     for (const Key* key = keys; key < end; ++key, ++term) {
       const int part = key->part(), exponent = key->exponent();
-      const float scale = to.unit * power(-exponent), inverse = most / largest * power(exponent);
+      const float scale = to.unit * power(-exponent), inverse = largest == 0 ? 0 : most / largest * power(exponent);
       __m512 x[8];
       load(d, key->place(), x);
       if (key->kind() == Key::rest)
