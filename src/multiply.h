@@ -23,7 +23,7 @@ template <class D> void multiply(const cpu::Product<D>& product, const D& d) {
   const auto run = [&](const cpu::Scratch& packed, int64_t begin, int64_t end) {
     product.run(d, packed.data(), {begin * product.column_step, std::min(end * product.column_step, d.n)});
   };
-  if (d.m == 1) {  // each thread for itself: what another has just written costs more to fetch than to make
+  if (d.m == 1) {  // each task for itself: what another thread has just written costs more to fetch than to make
     parallel_for(steps, grain, [&](int64_t begin, int64_t end) {
       const cpu::Scratch packed(product.pack_bytes(d));
       product.pack(d, packed.data(), {0, units});

@@ -12,18 +12,16 @@ namespace bnb {
 
 ParallelFor current_parallel_for();
 
-// A job of `count` units, in as many equal shares as there are threads, of which the long ones are cut into four chunks of at least
-// `grain`. A thread takes those of its own share first, for it may have their data in its cache since the last call, then what others have
-// left, so that none waits for a thread that is late or slow.
+// A job of `count` units, in at most as many equal shares as there are threads, of which long ones are cut into up to four chunks; each is
+// of `grain` units or more, but for the last. A thread takes those of its own share first, for it may have their data in its cache since
+// the last call, then what others have left, so that none waits for a thread that is late or slow.
 class Chunks {
  public:
   Chunks(int64_t count, int64_t grain, int64_t threads) : count_(count) {
     const auto up = [](int64_t a, int64_t b) { return a / b + (a % b != 0); };
-    share_ = up(count, std::clamp<int64_t>(up(count, grain), 1, threads));
+    share_ = std::max(grain, up(count, threads));
     chunk_ = std::max(up(share_, std::clamp<int64_t>(share_ / grain / 4, 1, 4)), up(count, kWords * 64));
     chunks_ = up(count, chunk_);
-    if (chunk_ < share_)
-      for (auto& word : taken_) word.store(0, std::memory_order_relaxed);
   }
   int64_t share() const { return share_; }
 
@@ -44,7 +42,7 @@ class Chunks {
  private:
   static constexpr int64_t kWords = 16;
   int64_t count_, share_, chunk_, chunks_;
-  std::atomic<uint64_t> taken_[kWords];  // a bit a chunk
+  std::atomic<uint64_t> taken_[kWords] = {};  // a bit a chunk
 };
 
 // f(begin, end) over [0, count) in ranges of at least `grain`. Runs inline when one range would do. The first exception of a body is

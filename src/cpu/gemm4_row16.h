@@ -3,9 +3,10 @@
 // A value of the format is an integer of 15 bits up to a factor, looked up as two bytes (vpermb). So is x, in a unit for each two groups
 // that is the one of the largest element times a power of two: then a sum is scaled where the unit changes, not for every product. Three of
 // the four products of bytes are summed exactly (vpdpbusd); that of the low ones is below 2^-14 of the whole. Where few elements are much
-// larger than the others (massive activations), what the high byte leaves of x is a term of its own. So the error is below that of weights
-// rounded to bf16. What has no such digits (NaN, infinities, tiny numbers) goes to RowGemm. Reads k / 2 bytes of codes a column. 128
-// weights take 1 shift, 4 permutes, 6 dot products and 4 more for sums and scales on two ports, where RowGemm takes 25.
+// larger than the others (massive activations), what the high byte leaves of x is a term of its own. So the error, relative to the sum of
+// magnitudes of two groups, is below that of weights rounded to bf16. What has no such digits (NaN, infinities, tiny numbers, elements of
+// all sizes) goes to RowGemm. Reads k / 2 bytes of codes a column. 128 weights take 1 shift, 4 permutes, 6 dot products and 4 more for sums
+// and scales on two ports, where RowGemm takes 25.
 #pragma once
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
@@ -149,7 +150,7 @@ template <class Isa, class T> class IntRowGemm {
     write_row<Isa, T>(d, d.n - 1, 1, _mm512_load_ps(sums));
   }
 
-  // A sum of integers times absmax overflows where absmax is above 2^90: what is not finite is left to RowGemm.
+  // A sum of integers times absmax overflows long before y does where absmax is large: what is not finite is left to RowGemm.
   static void check(const Gemm4bit& d, Range columns) {
     constexpr int words = 32;
     const auto infinity = _mm512_set1_epi16(std::is_same_v<T, Half> ? 0x7c00 : 0x7f80);
@@ -187,12 +188,14 @@ template <class Isa, class T> class IntRowGemm {
       for (const auto& v : x) top = larger(top, v);
       const float most_here = largest_of(top);
       const int below = power_of(largest) - power_of(most_here) - 1;
-      const int exponent = below < 0 ? 0 : below > 40 ? 40 : below;
+      if (below > 40 && most_here != 0) return false;
+      const int exponent = below < 0 || most_here == 0 ? 0 : below;
       __m512 total = _mm512_setzero_ps();
 #pragma GCC unroll 8
       for (const auto& v : x) total = _mm512_add_ps(total, _mm512_min_ps(_mm512_abs_ps(v), _mm512_set1_ps(most_here / 8)));
       // Where the mean is less than a 32nd, the low byte would be more than the others are.
       if (_mm512_reduce_add_ps(total) < most_here * (step / 32)) {
+        if (!fits(x, most_here)) return false;
         *end++ = Key(part, exponent, i, Key::high);
         *end++ = Key(part, exponent + 7, i, Key::rest);
       } else {
@@ -223,6 +226,15 @@ template <class Isa, class T> class IntRowGemm {
       ++to.count[part];
     }
     return true;
+  }
+  // Whether what few large elements leave to the others is enough: most of these are above a 4096th of the largest, the rest's unit a 512th
+  // of that or less.
+  BNB_INLINE static bool fits(const __m512 (&x)[8], float largest) {
+    const __m512 least = _mm512_set1_ps(largest / 4096);
+    __m512 total = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (const auto& v : x) total = _mm512_add_ps(total, _mm512_min_ps(_mm512_abs_ps(v), least));
+    return _mm512_reduce_add_ps(total) >= largest / 4096 * (step / 2);
   }
   static int power_of(float x) { return std::bit_cast<int>(x) >> 23; }
   static float power(int exponent) { return std::bit_cast<float>((127 + exponent) << 23); }

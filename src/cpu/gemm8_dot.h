@@ -1,5 +1,5 @@
 // The int8 product as dot products along k, and the way of its sums into y. Both operands are read as stored, but that rows of a are copied
-// once a call: to `Element`, and to addresses that fall into different cache sets.
+// first: to `Element`, and to addresses that fall into different cache sets.
 #pragma once
 
 #include "product.h"

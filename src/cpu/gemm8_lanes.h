@@ -1,6 +1,6 @@
 // The int8 product of many rows of a, each in a lane of its own: 2 m n k operations.
 //
-// a is packed once a call, 4 bytes along k to a lane. Tiles of up to 4 vectors of a x 6 rows of b keep their sums in registers over all of
+// a is packed first, 4 bytes along k to a lane. Tiles of up to 4 vectors of a x 6 rows of b keep their sums in registers over all of
 // k, and no lanes are to be added; 4 bytes of b at a time go to all lanes, out of its rows as they are stored. The n * k bytes of b are
 // read once for as many rows of a as stay in L2. Bytes are packed as a + 128, so that 128 times the sum of a row of b comes off.
 #pragma once

@@ -1,7 +1,7 @@
 // Products on AMX tiles, for any weight that becomes rows of 128 bytes (64 of bf16, 128 of int8): a group.
 //
 // W is the first operand: a tile is 16 rows of W x 64 bytes, so that its rows need no transposition. a is the second one: dwords of k x up
-// to 16 rows of a, packed once a call in the order of k in which groups of W are laid out. A tile of sums is 16 columns of y x 16 rows of
+// to 16 rows of a, packed first in the order of k in which groups of W are laid out. A tile of sums is 16 columns of y x 16 rows of
 // y, and is transposed on its way out. Sums run over k one dword after the other within a chunk of groups, then over the chunks, whatever
 // the tiling: a row of y does not depend on m.
 //

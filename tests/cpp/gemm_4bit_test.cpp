@@ -102,7 +102,8 @@ TYPED_TEST(Gemm, OneRowOfAnySpread) {
           });
         }
         if (w.nested) continue;
-        if constexpr (!std::is_same_v<TypeParam, Half>) {  // scales whose sums overflow before x comes to them
+        if constexpr (!std::is_same_v<TypeParam, Half>) {
+          // Scales whose sums overflow before x comes to them.
           auto huge = w;
           for (float& a : huge.absmax) a *= 0x1p115f;
           const auto x = with([](int64_t) { return 0x1p-50f; });
@@ -124,6 +125,23 @@ TYPED_TEST(Gemm, OneRowOfAnySpread) {
           }
         });
       }
+}
+
+// Large elements that meet zeros do not hide those of other blocks.
+TYPED_TEST(Gemm, OneRowOfBlocksFarApart) {
+  constexpr int64_t n = 5, k = 512, blocksize = 256;
+  Weight w(QuantType::nf4, n, k, blocksize, false, 1);
+  for (int64_t j = 0; j < n; ++j) w.absmax[static_cast<size_t>(j * k / blocksize)] = 0;
+  for (const float large : {1e2f, 1e4f, 1e7f, 1e14f, 1e20f}) {
+    if (std::is_same_v<TypeParam, Half> && large > 6e4f) continue;
+    std::vector<float> row(k, 1.0f);
+    for (int64_t i = 0; i < blocksize; ++i) row[static_cast<size_t>(i)] = large;
+    const auto x = rounded_all<TypeParam>(row);
+    for_each_isa([&] {
+      const auto y = multiply(w, x, 1, {}, 0, false);
+      EXPECT_TRUE(same(y, multiply(w, x, 1)) || close<float>(y, w, x, 1, {}, digits_error<TypeParam>())) << large;
+    });
+  }
 }
 
 // A row of y depends on its row of a alone, to the bit.

@@ -35,7 +35,7 @@ void expect_covers(int64_t count, int64_t grain) {
 
 TEST_P(Parallel, CoversEveryCount) {
   for (const int64_t count : {0, 1, 2, 3, 7, 8, 63, 64, 65, 1000, 4097})
-    for (const int64_t grain : {1, 2, 3, 8, 100, 5000}) expect_covers(count, grain);
+    for (const int64_t grain : {1, 2, 3, 5, 8, 60, 100, 5000}) expect_covers(count, grain);
 }
 
 // Threads and callers that sleep are woken, and those about to.

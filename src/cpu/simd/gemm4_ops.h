@@ -1,5 +1,5 @@
 // The vector operations of the 4-bit product, by width. A group is 64 weights: 32 bytes of codes, read into lanes of 64 / lanes codes each.
-// Vector i of a decoded group holds code i of every lane, so activations are brought into the same order once a call (`permute`).
+// Vector i of a decoded group holds code i of every lane, so activations are brought into the same order first (`permute`).
 #pragma once
 
 #include "../convert.h"
