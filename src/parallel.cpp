@@ -50,7 +50,7 @@ class Pool {
     Chunks chunks(count, grain, threads);
     {
       std::lock_guard lock(mutex_);
-      chunks_ = &chunks, count_ = count, body_ = body, context_ = context;
+      chunks_ = &chunks, body_ = body, context_ = context;
       left_.store(static_cast<int>(workers_.size()));
       job_.fetch_add(1);
     }
@@ -65,8 +65,7 @@ class Pool {
 
  private:
   void take_chunks(int thread) {
-    const int64_t begin = thread * chunks_->share();
-    chunks_->take(begin, std::min(begin + chunks_->share(), count_), [this](int64_t begin, int64_t end) { body_(context_, begin, end); });
+    chunks_->take_share(thread, [this](int64_t begin, int64_t end) { body_(context_, begin, end); });
   }
   void work(int index) {
     for (uint64_t seen = 0;;) {
@@ -93,7 +92,6 @@ class Pool {
   std::atomic<uint64_t> job_{0};
   std::atomic<int> left_{0};
   Chunks* chunks_ = nullptr;
-  int64_t count_ = 0;
   ParallelBody body_ = nullptr;
   void* context_ = nullptr;
 };

@@ -23,8 +23,11 @@ class Chunks {
     chunk_ = std::max(up(share_, std::clamp<int64_t>(share_ / grain / 4, 1, 4)), up(count, kWords * 64));
     chunks_ = up(count, chunk_);
   }
-  int64_t share() const { return share_; }
-
+  // take of the share of thread `thread`, from 0 on.
+  template <class F> void take_share(int64_t thread, F&& f) {
+    const int64_t begin = thread * share_;
+    take(begin, std::min(begin + share_, count_), f);
+  }
   // f(begin, end) for the chunks of [begin, end), some shares, and after them for others. To be called for every share.
   template <class F> void take(int64_t begin, int64_t end, F&& f) {
     if (begin >= end) return;

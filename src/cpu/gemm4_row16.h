@@ -68,7 +68,7 @@ template <class Isa, class T> class IntRowGemm {
   // Terms of a part go from the smallest unit to the largest: a sum changes its unit seldom.
   struct alignas(64) Packed {
     int64_t count[parts];  // -1 at first: RowGemm's x follows
-    float rescale[parts];  // the unit of the last term in that of y
+    float rescale[parts];  // the unit of the last term in that of y; of `shared` 1
     float unit;            // of y
     Term* terms() { return reinterpret_cast<Term*>(this + 1); }
     const Term* terms() const { return reinterpret_cast<const Term*>(this + 1); }
@@ -202,7 +202,7 @@ template <class Isa, class T> class IntRowGemm {
         *end++ = Key(part, exponent, i, Key::whole);
       }
     }
-    if (!std::is_sorted(keys, end)) std::sort(keys, end);
+    std::sort(keys, end);
     to.unit = largest / most;
     for (int p = own; p < parts; ++p) to.count[p] = 0, to.rescale[p] = 1;
     Term* term = to.terms();
