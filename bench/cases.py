@@ -29,6 +29,7 @@ class Case:
     flops: float = 0
     reach: float | None = None
     versus: str = ""  # another way to do what this case of the table does: compared with the project only
+    inference: bool = False  # timed within torch.inference_mode(), which takes 2 us to enter: a model does so once
 
     @property
     def family(self) -> str:
@@ -128,17 +129,16 @@ def linear(
     deterministic: bool = False,
 ) -> Case:
     def make() -> Call:
-        import torch
-
         stack = [_layer(k, n, dtype).eval() for _ in range(layers)]
         x = _randn(m, k, dtype=dtype)
 
         def call() -> None:
-            with torch.inference_mode():
-                for layer in stack:
-                    layer(x)
+            for layer in stack:
+                layer(x)
 
         def deterministic_call() -> None:
+            import torch
+
             torch.use_deterministic_algorithms(True)
             call()
             torch.use_deterministic_algorithms(False)
@@ -146,7 +146,9 @@ def linear(
         return deterministic_call if deterministic else call
 
     name = _linear_name(dtype, m, n, k) + f" {layers} layers in turn" * (layers > 1) + " deterministic" * deterministic
-    return Case(name, make, bound, layers * _matmul_bytes(dtype, m, n, k), layers * 2.0 * m * n * k, reach)
+    return Case(
+        name, make, bound, layers * _matmul_bytes(dtype, m, n, k), layers * 2.0 * m * n * k, reach, inference=True
+    )
 
 
 def linear_training(dtype: str, m: int, reach: float) -> Case:
@@ -203,8 +205,6 @@ def linear8(
     """One in a thousand columns of x holds outliers."""
 
     def make() -> Call:
-        import torch
-
         import bitsandbytes as bnb
 
         def layer() -> Any:
@@ -218,14 +218,15 @@ def linear8(
         x[:, :: max(1, min(1000, k - 1))] *= 10
 
         def call() -> None:
-            with torch.inference_mode():
-                for made in stack:
-                    made(x)
+            for made in stack:
+                made(x)
 
         return call
 
     name = f"Linear8bitLt {dtype} {n}x{k} M={m}" + f" {layers} layers in turn" * (layers > 1)
-    return Case(name, make, bound, layers * _matmul_bytes(dtype, m, n, k, 1), layers * 2.0 * m * n * k, reach)
+    return Case(
+        name, make, bound, layers * _matmul_bytes(dtype, m, n, k, 1), layers * 2.0 * m * n * k, reach, inference=True
+    )
 
 
 def torch_linear(m: int, reach: float) -> Case:
@@ -234,15 +235,11 @@ def torch_linear(m: int, reach: float) -> Case:
 
         weight, x = _randn(4096, 4096, dtype="bf16") / 64, _randn(m, 4096, dtype="bf16")
 
-        def call() -> Any:
-            with torch.inference_mode():
-                return torch.nn.functional.linear(x, weight)
-
-        return call
+        return lambda: torch.nn.functional.linear(x, weight)
 
     flops = 2.0 * m * 4096 * 4096
     size = _matmul_bytes("bf16", m, 4096, 4096, 2)
-    return Case(f"nn.Linear bf16 M={m}", make, "", size, flops, reach, _linear_name("bf16", m, 4096, 4096))
+    return Case(f"nn.Linear bf16 M={m}", make, "", size, flops, reach, _linear_name("bf16", m, 4096, 4096), True)
 
 
 def dequantize_then_linear(dtype: str, m: int, reach: float) -> Case:
@@ -254,15 +251,13 @@ def dequantize_then_linear(dtype: str, m: int, reach: float) -> Case:
         packed, state = F.quantize_4bit(_randn(4096, 4096, dtype=dtype) / 64, blocksize=64, quant_type="nf4")
         x = _randn(m, 4096, dtype=dtype)
 
-        def call() -> Any:
-            with torch.inference_mode():
-                return torch.nn.functional.linear(x, F.dequantize_4bit(packed, state))
-
-        return call
+        return lambda: torch.nn.functional.linear(x, F.dequantize_4bit(packed, state))
 
     flops = 2.0 * m * 4096 * 4096
     size = _matmul_bytes(dtype, m, 4096, 4096)
-    return Case(f"dequantize + linear {dtype} M={m}", make, "", size, flops, reach, _linear_name(dtype, m, 4096, 4096))
+    return Case(
+        f"dequantize + linear {dtype} M={m}", make, "", size, flops, reach, _linear_name(dtype, m, 4096, 4096), True
+    )
 
 
 def float_route8(m: int, reach: float) -> Case:
@@ -276,14 +271,10 @@ def float_route8(m: int, reach: float) -> Case:
         weight, scale, _ = F.int8_vectorwise_quant(_randn(4096, 4096, dtype="bf16") / 64)
         x = _randn(m, 4096, dtype="bf16")
 
-        def call() -> Any:
-            with torch.inference_mode():
-                return torch.nn.functional.linear(x.float(), F.int8_vectorwise_dequant(weight, scale)).bfloat16()
-
-        return call
+        return lambda: torch.nn.functional.linear(x.float(), F.int8_vectorwise_dequant(weight, scale)).bfloat16()
 
     flops, size = 2.0 * m * 4096 * 4096, _matmul_bytes("bf16", m, 4096, 4096, 1)
-    return Case(f"fp32 route M={m}", make, "", size, flops, reach, f"Linear8bitLt bf16 4096x4096 M={m}")
+    return Case(f"fp32 route M={m}", make, "", size, flops, reach, f"Linear8bitLt bf16 4096x4096 M={m}", True)
 
 
 # Bytes of state an element, read and written: fp32, or codes.

@@ -77,10 +77,11 @@ def main() -> None:
             case "round":
                 name, threads = request["case"], request["threads"]
                 torch.set_num_threads(threads)
-                if (name, threads) not in sizes:
-                    opened[name]()
-                    sizes[name, threads] = batch_size(opened[name])
-                answer = run_round(opened[name], sizes[name, threads], request["seconds"])
+                with torch.inference_mode(BY_NAME[name].inference):
+                    if (name, threads) not in sizes:
+                        opened[name]()
+                        sizes[name, threads] = batch_size(opened[name])
+                    answer = run_round(opened[name], sizes[name, threads], request["seconds"])
             case "close":
                 opened.clear()
         print(json.dumps(answer), file=answers, flush=True)

@@ -20,6 +20,7 @@ _QUANTIZED_4BIT = "Tensor A, Tensor absmax, int blocksize, str quant_type, int[]
 _BLOCKWISE = "Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
 _GEMV = "Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize"
 _GEMM = "Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type"
+_LINEAR = "Tensor A, Tensor B, Tensor absmax, int layout, Tensor? bias"
 _NESTED = "Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None"
 
 # Part of the public contract: backends of other projects implement exactly these.
@@ -35,8 +36,10 @@ SCHEMAS = {
     # Nested absmax: `absmax` then holds the scales of absmax_8bit, one per 256 codes, and
     # absmax[i] = absmax_code[absmax_8bit[i]] * scale[i // 256] + absmax_offset.
     "gemm_4bit": f"({_GEMM}, {_NESTED}) -> Tensor",
-    # Not part of it: gemm_4bit as Linear4bit calls it, with linear_4bit_layout for what it has in five arguments.
-    "linear_4bit": f"(Tensor A, Tensor B, Tensor absmax, int layout, {_NESTED}) -> Tensor",
+    # Not part of it: gemm_4bit as Linear4bit calls it, with linear_4bit_layout for what it has in five arguments. Each
+    # argument, also one that is absent, takes its time.
+    "linear_4bit": f"({_LINEAR}=None) -> Tensor",
+    "linear_4bit.nested": f"({_LINEAR}, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax_offset) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -263,6 +266,7 @@ def linear_4bit_layout(shape: Any, blocksize: Any, quant_type: Any) -> int | Non
 
 
 @register_fake("bitsandbytes::linear_4bit")
+@register_fake("bitsandbytes::linear_4bit.nested")
 def _(A: torch.Tensor, B: torch.Tensor, absmax: torch.Tensor, layout: int, *rest: Any) -> torch.Tensor:
     shape, blocksize, quant_type = read_linear_4bit_layout(layout)
     check_gemm_4bit(A, B, shape, absmax, blocksize, quant_type, *rest, op="linear_4bit")

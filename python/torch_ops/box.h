@@ -39,6 +39,9 @@ class Str {
   std::string_view view_;
 };
 
+// A tensor that nobody else holds: as a result its handle goes to the dispatcher, where that of a Tensor is copied.
+using Owned = std::unique_ptr<AtenTensorOpaque, decltype([](AtenTensorHandle t) { aoti_torch_delete_tensor_object(t); })>;
+
 template <class T, class... Ts> inline constexpr bool is_one_of = (std::is_same_v<T, Ts> || ...);
 
 template <class T> T unbox(StableIValue value) {
@@ -56,6 +59,7 @@ template <class... Rs> void box_result(StableIValue* stack, std::tuple<Rs...>&& 
     ((stack[I] = torch::stable::detail::from(std::get<I>(result))), ...);
   }(std::index_sequence_for<Rs...>{});
 }
+inline void box_result(StableIValue* stack, Owned&& result) { stack[0] = torch::stable::detail::from(result.release()); }
 inline void box_result(StableIValue* stack, Tensor&& result) { stack[0] = torch::stable::detail::from(result); }
 inline void box_result(StableIValue* stack, int64_t result) { stack[0] = torch::stable::detail::from(result); }
 

@@ -134,7 +134,7 @@ int64_t managed_allocate(int64_t bytes, int64_t device) {
 void managed_free(int64_t address) { cuda::free_managed(reinterpret_cast<void*>(static_cast<uintptr_t>(address))); }
 void managed_prefetch(const Tensor& t, bool to_cpu) {
   const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
-  cuda::prefetch_managed(t.const_data_ptr(), t.numel() * item_size(t.scalar_type()), to_cpu, current_stream(t.get_device_index()));
+  cuda::prefetch_managed(t.const_data_ptr(), t.numel() * item_size(type_of(t)), to_cpu, current_stream(t.get_device_index()));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitsandbytes, m) {

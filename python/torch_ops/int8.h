@@ -94,8 +94,7 @@ template <class Device> Tensor int8_vectorwise_dequant(const Tensor& a, const Te
   const Matrix shape(args, "A", a);
   const Tensor codes = args.codes("A", a), scale = args.scales("stats", stats, shape.rows);
   const Tensor out = new_empty(args, a, sizes(a), ScalarType::Float);
-  args.device.dequantize_int8(
-      {shape.rows, shape.columns, read<int8_t>(codes), read<float>(scale), args.output(out, ScalarType::Float, sizes(a))});
+  args.device.dequantize_int8({shape.rows, shape.columns, read<int8_t>(codes), read<float>(scale), args.result(out, ScalarType::Float)});
   return out;
 }
 
@@ -145,10 +144,8 @@ Tensor int8_mm_dequant(const Tensor& a, const Tensor& row_stats, const Tensor& c
   args.float_type("dtype", type);
   const Bias<Device> kept(args, bias, shape.columns);
   const Tensor out = new_empty(args, a, sizes(a), type);
-  args.device.dequantize_sums({shape.rows,
-                               shape.columns,
-                               read<int32_t>(sums),
-                               {read<float>(rows), read<float>(columns), kept.view, args.output(out, type, sizes(a))}});
+  args.device.dequantize_sums(
+      {shape.rows, shape.columns, read<int32_t>(sums), {read<float>(rows), read<float>(columns), kept.view, args.result(out, type)}});
   return out;
 }
 
@@ -164,7 +161,7 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   const Bias<Device> kept(args, bias, d.n);
   const Sizes shape = with_last(a, d.n);
   const Tensor out = new_empty(args, a, shape, type);
-  d.to = {read<float>(rows), read<float>(columns), kept.view, args.output(out, type, shape)};
+  d.to = {read<float>(rows), read<float>(columns), kept.view, args.result(out, type)};
   args.device.gemm_int8(d);
   return out;
 }
@@ -187,11 +184,11 @@ std::tuple<Tensor, std::optional<Tensor>> int8_mixed_scaled_mm(const Tensor& a, 
     args.that(outlier_cols->dim() == 1, "outlier_cols", "of " + std::to_string(outlier_cols->dim()) + " dimensions", "1");
     list = args.input("outlier_cols", *outlier_cols);
     d.outliers = read<int64_t>(*list);
-    sub = new_empty(args, a, with_last(a, std::ssize(d.outliers)), a.scalar_type());
+    sub = new_empty(args, a, with_last(a, std::ssize(d.outliers)), type_of(a));
   }
   const Sizes shape = with_last(a, d.n);
-  const Tensor out = new_empty(args, a, shape, a.scalar_type());
-  d.to = {read<float>(rows), read<float>(columns), kept.view, args.output(out, a.scalar_type(), shape)};
+  const Tensor out = new_empty(args, a, shape, type_of(a));
+  d.to = {read<float>(rows), read<float>(columns), kept.view, args.result(out, type_of(a))};
   args.device.gemm_int8(d);
   if (sub) args.device.gather_columns(d, sub->mutable_data_ptr());
   return {out, sub};
@@ -207,9 +204,9 @@ Tensor int8_linear(const Tensor& a, const Tensor& cb, const Tensor& scb, const s
   const Bias<Device> kept(args, bias, n);
   const ConstView values = args.values("A", x);
   const Sizes out_shape = with_last(a, n);
-  const Tensor out = new_empty(args, a, out_shape, a.scalar_type());
+  const Tensor out = new_empty(args, a, out_shape, type_of(a));
   args.device.linear_int8({shape.rows, n, shape.columns, values, args.threshold(threshold), read<int8_t>(weight), read<float>(scale),
-                           kept.view, args.output(out, a.scalar_type(), out_shape)},
+                           kept.view, args.result(out, type_of(a))},
                           [&](int64_t size) { return new_empty(args, a, std::array{size}, ScalarType::Byte); });
   return out;
 }

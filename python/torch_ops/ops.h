@@ -34,14 +34,47 @@ inline bool deterministic_algorithms() {
   return !torch_global_context || !torch_deterministic_algorithms || torch_deterministic_algorithms(torch_global_context());
 }
 
-// As Python writes it: float32, not Float.
-inline const char* name_of(ScalarType t) {
+// The dtypes that operators know: torch's number for each, which a call of the stable ABI gives, its name in Python and its bytes.
+struct TypeInfo {
+  ScalarType type;
+  const char* name;
+  int64_t size;
+  int32_t number;
+};
+inline std::span<const TypeInfo> known_types() {
   using enum ScalarType;
-  constexpr std::pair<ScalarType, const char*> kNames[] = {
-      {Byte, "uint8"},   {Char, "int8"},         {Short, "int16"},   {Int, "int32"},      {Long, "int64"},
-      {Half, "float16"}, {BFloat16, "bfloat16"}, {Float, "float32"}, {Double, "float64"}, {Bool, "bool"}};
-  const auto known = std::ranges::find(kNames, t, &std::pair<ScalarType, const char*>::first);
-  return known != std::end(kNames) ? known->second : torch::headeronly::toString(t);
+  static const auto known = [] {
+    std::array types{TypeInfo{BFloat16, "bfloat16", 2, 0}, TypeInfo{Half, "float16", 2, 0}, TypeInfo{Float, "float32", 4, 0},
+                     TypeInfo{Byte, "uint8", 1, 0},        TypeInfo{Char, "int8", 1, 0},    TypeInfo{Short, "int16", 2, 0},
+                     TypeInfo{Int, "int32", 4, 0},         TypeInfo{Long, "int64", 8, 0},   TypeInfo{Double, "float64", 8, 0},
+                     TypeInfo{Bool, "bool", 1, 0}};
+    for (auto& t : types) t.number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(t.type));
+    return types;
+  }();
+  return known;
+}
+inline const TypeInfo* known(ScalarType t) {
+  const auto found = std::ranges::find(known_types(), t, &TypeInfo::type);
+  return found != known_types().end() ? &*found : nullptr;
+}
+// As Tensor::scalar_type(), which compares the number with that of one dtype after the other, each a call into torch.
+inline ScalarType type_of(const Tensor& t) {
+  int32_t number = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  const auto found = std::ranges::find(known_types(), number, &TypeInfo::number);
+  return found != known_types().end() ? found->type : t.scalar_type();
+}
+inline int32_t number_of(ScalarType t) {
+  const auto* type = known(t);
+  return type ? type->number : torch::stable::detail::to<int32_t>(torch::stable::detail::from(t));
+}
+inline int64_t item_size(ScalarType t) {
+  const auto* type = known(t);
+  return type ? type->size : static_cast<int64_t>(aoti_torch_dtype_element_size(number_of(t)));
+}
+inline const char* name_of(ScalarType t) {
+  const auto* type = known(t);
+  return type ? type->name : torch::headeronly::toString(t);
 }
 
 // As Python writes it: cuda:0.
@@ -80,8 +113,8 @@ template <class Device> struct Args : Checker {
       fail(argument, "on " + device_of(t), device.text());
   }
   void type(std::string_view argument, const Tensor& t, ScalarType wanted) const {
-    if (t.scalar_type() != wanted) [[unlikely]]
-      fail(argument, std::string("of dtype ") + name_of(t.scalar_type()), name_of(wanted));
+    if (type_of(t) != wanted) [[unlikely]]
+      fail(argument, std::string("of dtype ") + name_of(type_of(t)), name_of(wanted));
   }
   DType float_type(std::string_view argument, ScalarType t) const {
     switch (t) {
@@ -102,7 +135,8 @@ template <class Device> struct Args : Checker {
     return input(argument, t);
   }
   ConstView values(std::string_view argument, const Tensor& contiguous) const {
-    return {contiguous.numel() ? contiguous.const_data_ptr() : nullptr, float_type(argument, contiguous.scalar_type()), contiguous.numel()};
+    const int64_t n = contiguous.numel();
+    return {n ? contiguous.const_data_ptr() : nullptr, float_type(argument, type_of(contiguous)), n};
   }
   int64_t elements(std::string_view argument, std::span<const int64_t> shape) const {
     int64_t n = 1;
@@ -119,7 +153,12 @@ template <class Device> struct Args : Checker {
   }
   View output(const Tensor& out, ScalarType dtype, std::span<const int64_t> shape) const {
     check_output(out, dtype, shape);
-    return {out.numel() ? out.mutable_data_ptr() : nullptr, float_type("out", dtype), out.numel()};
+    return result(out, dtype);
+  }
+  // A tensor that new_empty made.
+  View result(const Tensor& out, ScalarType dtype) const {
+    const int64_t n = out.numel();
+    return {n ? out.mutable_data_ptr() : nullptr, float_type("out", dtype), n};
   }
   // Packed codes may be stored under any of these; what counts is their bytes.
   void storage(std::string_view argument, ScalarType t) const {
@@ -129,7 +168,7 @@ template <class Device> struct Args : Checker {
     fail(argument, std::string("of dtype ") + name_of(t), "an integer or floating point dtype of at most 64 bits");
   }
   Tensor packed(std::string_view argument, const Tensor& t) const {
-    storage(argument, t.scalar_type());
+    storage(argument, type_of(t));
     return input(argument, t);
   }
   Tensor map(std::string_view argument, const Tensor& t) const {
@@ -161,34 +200,34 @@ template <class T> std::span<T> write(const Tensor& t) {
 
 inline std::span<const int64_t> sizes(const Tensor& t) { return {t.sizes().data(), t.sizes().size()}; }
 
-inline int64_t item_size(ScalarType t) {
-  return static_cast<int64_t>(aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(torch::stable::detail::from(t))));
-}
-
 inline std::span<const uint8_t> bytes(const Tensor& t) {
-  const int64_t n = t.numel() * item_size(t.scalar_type());
+  const int64_t n = t.numel() * item_size(type_of(t));
   return {n ? static_cast<const uint8_t*>(t.const_data_ptr()) : nullptr, static_cast<size_t>(n)};
 }
 inline std::span<uint8_t> mutable_bytes(const Tensor& t) {
-  const int64_t n = t.numel() * item_size(t.scalar_type());
+  const int64_t n = t.numel() * item_size(type_of(t));
   return {n ? static_cast<uint8_t*>(t.mutable_data_ptr()) : nullptr, static_cast<size_t>(n)};
 }
 
 // A contiguous tensor on the device of `like`. Past the dispatcher, which looks "aten::new_empty" up by name: 1 us less.
-template <class Device> Tensor new_empty(const Args<Device>& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {
-  Sizes strides(shape.size());
+template <class Device> Owned new_owned(const Args<Device>& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {
+  int64_t few[8];
+  Sizes many(shape.size() > std::size(few) ? shape.size() : 0);
+  int64_t* const strides = many.empty() ? few : many.data();
   for (int64_t i = std::ssize(shape) - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(1, shape[static_cast<size_t>(i--)]))
-    strides[static_cast<size_t>(i)] = stride;
+    strides[i] = stride;
   int32_t device = 0, index = 0;
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  if (aoti_torch_empty_strided(std::ssize(shape), shape.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, index, &made) != 0)
+  if (aoti_torch_empty_strided(std::ssize(shape), shape.data(), strides, number_of(dtype), device, index, &made) != 0)
     made = args.device.no_memory(shape, dtype);
   if (!made)
     throw Error(Errc::out_of_memory, args.op() + ": not enough memory for a result of shape " + text(shape) + " in " + name_of(dtype));
-  return Tensor(made);
+  return Owned(made);
+}
+template <class Device> Tensor new_empty(const Args<Device>& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {
+  return Tensor(new_owned(args, like, shape, dtype).release());
 }
 
 template <class Device>
@@ -287,8 +326,8 @@ template <class Device> struct Product {
     set_sizes(n, k);
   }
   // absmax: of the blocks, or, if there is absmax_8bit, of its blocks.
-  Tensor multiply(const Tensor& b, const Tensor& absmax, const std::optional<Tensor>& bias, const std::optional<Tensor>& absmax_8bit,
-                  const std::optional<Tensor>& absmax_code, const std::optional<Tensor>& absmax_offset) {
+  Owned multiply(const Tensor& b, const Tensor& absmax, const std::optional<Tensor>& bias, const Tensor* absmax_8bit = nullptr,
+                 const Tensor* absmax_code = nullptr, const Tensor* absmax_offset = nullptr) {
     const Tensor codes = args.packed("B", b), scales = args.floats("absmax", absmax);
     d.codes = bytes(codes);
     const Bias<Device> kept_bias(args, bias, d.n);
@@ -309,29 +348,34 @@ template <class Device> struct Product {
       if (absmax_code || absmax_offset) args.fail(absmax_code ? "absmax_code" : "absmax_offset", "given alone", "absmax_8bit beside it");
       d.absmax.values = read<float>(scales);
     }
-    const Tensor out = new_out();
-    run_into(out);
-    return out;
+    return run();
   }
   Sizes shape() const {
     Sizes s(a.sizes().begin(), a.sizes().end());
     s.back() = d.n;
     return s;
   }
-  Tensor new_out() const {
+  Owned run() {
     args.product("shapeB", d.n, d.k);
-    args.product("out", d.m, d.n);
+    const int64_t size = args.product("out", d.m, d.n);
     args.size("B", d.codes, packed_size(d.n * d.k));
-    return new_empty(args, a, shape(), a.scalar_type());
+    Owned out = new_owned(args, a, shape(), type_of(a));
+    View y{nullptr, d.a.dtype, size};
+    if (size != 0) TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(out.get(), &y.data));
+    run_into(y);
+    return out;
   }
   void run_into(const Tensor& out) {
     args.product("out", d.m, d.n);
-    d.batch_invariant = deterministic_algorithms();
-    d.out = args.output(out, a.scalar_type(), shape());
-    args.device.gemm_4bit(d, [&](int64_t size) { return new_empty(args, a, std::array{size}, ScalarType::Byte); });
+    run_into(args.output(out, type_of(a), shape()));
   }
 
  private:
+  void run_into(const View& out) {
+    d.out = out;
+    d.batch_invariant = deterministic_algorithms();
+    args.device.gemm_4bit(d, [&](int64_t size) { return new_empty(args, a, std::array{size}, ScalarType::Byte); });
+  }
   void set_sizes(int64_t n, int64_t k) {
     d.a = args.values("A", a);
     d.n = n;
@@ -344,29 +388,30 @@ template <class Device> struct Product {
   }
 };
 
+inline const Tensor* pointer(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
 template <class Device>
-Tensor gemm_4bit(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, int64_t blocksize, const Str& quant_type,
-                 const std::optional<Tensor>& bias, const std::optional<Tensor>& absmax_8bit, const std::optional<Tensor>& absmax_code,
-                 const std::optional<Tensor>& absmax_offset) {
+Owned gemm_4bit(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, int64_t blocksize, const Str& quant_type,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& absmax_8bit, const std::optional<Tensor>& absmax_code,
+                const std::optional<Tensor>& absmax_offset) {
   const Args<Device> args("gemm_4bit", a);
   Product<Device> product(args, a, shape_b);
   product.d.type = args.quant_type(quant_type);
   product.d.blocksize = blocksize;
-  return product.multiply(b, absmax, bias, absmax_8bit, absmax_code, absmax_offset);
+  return product.multiply(b, absmax, bias, pointer(absmax_8bit), pointer(absmax_code), pointer(absmax_offset));
 }
 
 // gemm_4bit with one number for the sizes and the format, n << 33 | k << 4 | fp4 << 3 | log2(blocksize / 32): each number that is passed
 // takes a quarter of a microsecond, a list and a string more.
-template <class Device>
-Tensor linear_4bit(const Tensor& a, const Tensor& b, const Tensor& absmax, int64_t layout, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& absmax_8bit, const std::optional<Tensor>& absmax_code,
-                   const std::optional<Tensor>& absmax_offset) {
+template <class Device, class... Nested>
+Owned linear_4bit(const Tensor& a, const Tensor& b, const Tensor& absmax, int64_t layout, const std::optional<Tensor>& bias,
+                  const Nested&... nested) {
   const Args<Device> args("linear_4bit", a);
   args.that(layout >= 0, "layout", layout, "0 or more");
   Product<Device> product(args, a, layout >> 33, layout >> 4 & 0x1fffffff);
   product.d.type = layout & 8 ? QuantType::fp4 : QuantType::nf4;
   product.d.blocksize = int64_t{32} << (layout & 7);
-  return product.multiply(b, absmax, bias, absmax_8bit, absmax_code, absmax_offset);
+  return product.multiply(b, absmax, bias, &nested...);
 }
 
 // gemv_4bit names the format by its code values, so they must be read: on a GPU the call then waits for the stream, and cannot be captured
@@ -380,33 +425,29 @@ template <class Device> QuantType type_of_code(const Args<Device>& args, const T
   args.fail("code", "16 other values", "those of nf4 or fp4");
 }
 
+// run(product) with the weight of gemv_4bit.
 template <class Device>
-void gemv_4bit_into(const Args<Device>& args, Product<Device>& product, const Tensor& b, const Tensor& absmax, const Tensor& code,
-                    int64_t blocksize, const Tensor* out, Tensor* result) {
+auto gemv_4bit_with(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, const Tensor& code, int64_t blocksize,
+                    auto&& run) {
+  const Args<Device> args("gemv_4bit", a);
+  Product<Device> product(args, a, shape_b);
   const Tensor codes = args.packed("B", b), scales = args.floats("absmax", absmax);
   product.d.type = type_of_code(args, code);
   product.d.blocksize = blocksize;
   product.d.codes = bytes(codes);
   product.d.absmax.values = read<float>(scales);
-  if (!out) *result = product.new_out();
-  product.run_into(out ? *out : *result);
+  return run(product);
 }
 
 template <class Device>
-Tensor gemv_4bit(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, const Tensor& code, int64_t blocksize) {
-  const Args<Device> args("gemv_4bit", a);
-  Product<Device> product(args, a, shape_b);
-  Tensor out;
-  gemv_4bit_into(args, product, b, absmax, code, blocksize, nullptr, &out);
-  return out;
+Owned gemv_4bit(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, const Tensor& code, int64_t blocksize) {
+  return gemv_4bit_with<Device>(a, b, shape_b, absmax, code, blocksize, [](auto& product) { return product.run(); });
 }
 
 template <class Device>
 void gemv_4bit_out(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Tensor& absmax, const Tensor& code, int64_t blocksize,
                    const Tensor& out) {
-  const Args<Device> args("gemv_4bit", a);
-  Product<Device> product(args, a, shape_b);
-  gemv_4bit_into(args, product, b, absmax, code, blocksize, &out, nullptr);
+  gemv_4bit_with<Device>(a, b, shape_b, absmax, code, blocksize, [&](auto& product) { product.run_into(out); });
 }
 
 template <class Device> void register_kernels(torch::stable::detail::StableLibrary& m) {
@@ -420,6 +461,7 @@ template <class Device> void register_kernels(torch::stable::detail::StableLibra
   m.impl("gemv_4bit.out", Boxed<gemv_4bit_out<Device>>::call);
   m.impl("gemm_4bit", Boxed<gemm_4bit<Device>>::call);
   m.impl("linear_4bit", Boxed<linear_4bit<Device>>::call);
+  m.impl("linear_4bit.nested", Boxed<linear_4bit<Device, Tensor, Tensor, Tensor>>::call);
 }
 
 }  // namespace bnb::torch_ops

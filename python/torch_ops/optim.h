@@ -26,7 +26,7 @@ template <class Device> struct OptimizerArgs : Args<Device> {
   }
   View parameter(const Tensor& p) const {
     in_place("p", p);
-    return {p.numel() ? p.mutable_data_ptr() : nullptr, this->float_type("p", p.scalar_type()), p.numel()};
+    return {p.numel() ? p.mutable_data_ptr() : nullptr, this->float_type("p", type_of(p)), p.numel()};
   }
   std::span<float> floats_in_place(std::string_view argument, const Tensor& t) const {
     this->type(argument, t, ScalarType::Float);
@@ -35,7 +35,7 @@ template <class Device> struct OptimizerArgs : Args<Device> {
   }
   // A state of either kind.
   void state(std::string_view argument, const Tensor& t, std::span<float>& plain, std::span<uint8_t>& codes) const {
-    if (t.scalar_type() != ScalarType::Byte) {
+    if (type_of(t) != ScalarType::Byte) {
       plain = floats_in_place(argument, t);
       return;
     }
@@ -75,9 +75,9 @@ template <class Device> struct StepArguments {
     }
     args.state("state1", state1, t.state1, t.codes1);
     if (state2) args.state("state2", *state2, t.state2, t.codes2);
-    const bool codes = state1.scalar_type() == ScalarType::Byte;
-    if (state2 && codes != (state2->scalar_type() == ScalarType::Byte)) [[unlikely]]
-      args.fail("state2", std::string("of dtype ") + name_of(state2->scalar_type()), "that of state1");
+    const bool codes = type_of(state1) == ScalarType::Byte;
+    if (state2 && codes != (type_of(*state2) == ScalarType::Byte)) [[unlikely]]
+      args.fail("state2", std::string("of dtype ") + name_of(type_of(*state2)), "that of state1");
     if (codes && absmax1) t.absmax1 = args.floats_in_place("absmax1", *absmax1);
     if (codes && absmax2) t.absmax2 = args.floats_in_place("absmax2", *absmax2);
     check_sizes(t, codes, state2);

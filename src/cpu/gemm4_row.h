@@ -48,12 +48,12 @@ template <int streams> struct Streams {
   alignas(64) int64_t absmax_at[streams];
 };
 
-// Columns of y, `height` adjacent ones of `streams` parts of `columns` at a time: multiply(Streams, sums[height][streams]). The CPU fetches
-// ahead on its own, but within a page of 4 KiB, so it does that in all parts at once: weights from memory take 0.6 of the time that they
-// take in order. An absmax that is not read where it lies is decoded between products, for the next rows. `columns` are a multiple of
-// `height`.
-template <int streams, int height, class Isa, class T, class F>
-void in_streams(const Gemm4bit& d, const Decoder<Isa, FmaMath<Isa, T>>& decoder, Range columns, F&& multiply) {
+// Columns of y, `height` adjacent ones of `streams` parts of `columns` at a time: multiply(Streams, sums[height][streams]), and finish()
+// before sums are read. The CPU fetches ahead on its own, but within a page of 4 KiB, so it does that in all parts at once: weights from
+// memory take 0.6 of the time that they take in order. An absmax that is not read where it lies is decoded between products, for the next
+// rows. `columns` are a multiple of `height`.
+template <int streams, int height, class Isa, class T, class F, class Finish>
+void in_streams(const Gemm4bit& d, const Decoder<Isa, FmaMath<Isa, T>>& decoder, Range columns, F&& multiply, Finish&& finish) {
   constexpr int lanes = Isa::lanes, steps = lanes / height, ahead = streams, lines_at_first = 16;
   if (columns.begin >= columns.end) return;
   const bool direct = decoder.template is_direct<Layout::groups>();
@@ -91,6 +91,7 @@ void in_streams(const Gemm4bit& d, const Decoder<Isa, FmaMath<Isa, T>>& decoder,
       for (int64_t& at : rows.codes_at) at = smaller(at + height * codes, last * codes);
       for (int64_t& at : rows.absmax_at) at = direct ? smaller(at + height * groups, last * groups) : at + height * groups;
     }
+    finish();
     for (int s = 0; s < streams; ++s)
       if (const int64_t n = columns.begin + (s * length + i) * height; n < columns.end)
         write_row<Isa, T>(d, n, smaller(count * height, columns.end - n), _mm512_i32gather_ps(_mm512_load_si512(places), y[0] + s, 4));
@@ -123,9 +124,12 @@ template <class Isa, class T> class RowGemm {
 
   static void run(const Gemm4bit& d, const void* packed, Range columns) {
     const Decoder<Isa, FmaMath<Isa, T>> decoder(d);
-    in_streams<columns_at_once, 1>(d, decoder, columns, [&](const Streams<columns_at_once>& rows, float* sums) {
-      columns_of(decoder.table(), rows, d.k, static_cast<const float*>(packed), sums);
-    });
+    in_streams<columns_at_once, 1>(
+        d, decoder, columns,
+        [&](const Streams<columns_at_once>& rows, float* sums) {
+          columns_of(decoder.table(), rows, d.k, static_cast<const float*>(packed), sums);
+        },
+        [] {});
   }
 
  private:

@@ -88,6 +88,30 @@ template <class Isa, class T> class IntRowGemm {
   struct Table {
     __m512i high, low;
   };
+  // Sums of eight columns, whose lanes are added up when the next ones come: at once they would wait for the last dot products, and hold up
+  // the next ones.
+  class Sums {
+   public:
+    explicit Sums(float unit) : unit_(unit) {}
+    BNB_INLINE void put(const __m512 (&sum)[columns_at_once], float* to) {
+#pragma GCC unroll 8
+      for (int j = 0; j < columns_at_once; ++j) _mm512_store_ps(lanes_[now_][j], sum[j]);
+      to_[now_] = to;
+      now_ ^= 1;
+      finish();
+    }
+    BNB_INLINE void finish() {
+      if (to_[now_]) add_up(lanes_[now_], unit_, to_[now_]);
+      to_[now_] = nullptr;
+    }
+    void finish_last() { now_ ^= 1, finish(); }
+
+   private:
+    alignas(64) float lanes_[2][columns_at_once][Isa::lanes];
+    float* to_[2] = {};
+    int now_ = 0;
+    float unit_;
+  };
 
   static bool is_odd(const Gemm4bit& d) { return d.k % step != 0; }
   static int64_t steps(const Gemm4bit& d) { return d.k / (is_odd(d) ? kGroup : step); }
@@ -124,9 +148,11 @@ template <class Isa, class T> class IntRowGemm {
       return Table{_mm512_load_si512(digits.high), _mm512_load_si512(digits.low)};
     });
     const Decoder<Isa, FmaMath<Isa, T>> decoder(d);
+    Sums sums(x.unit);
     const auto with_height = [&](auto height) {
-      in_streams<columns_at_once, height()>(d, decoder, columns,
-                                            [&](const Rows& rows, float* sums) { columns_of<height()>(table, rows, x, sums); });
+      in_streams<columns_at_once, height()>(
+          d, decoder, columns, [&](const Rows& rows, float* to) { columns_of<height()>(table, rows, x, sums, to); },
+          [&] { sums.finish_last(); });
     };
     if (!is_odd(d)) return with_height(std::integral_constant<int, 1>{});
     const int64_t last = columns.end;
@@ -145,9 +171,11 @@ template <class Isa, class T> class IntRowGemm {
     std::memcpy(codes, d.codes.data() + (d.n - 1) * d.k / 2, static_cast<size_t>(d.k / 2));
     std::memcpy(absmax, decoder.template absmax_of<Layout::groups>(d.n - 1, 1, absmax + absmax_floats),
                 static_cast<size_t>(groups) * sizeof(float));
-    alignas(64) float sums[2 * columns_at_once];
-    columns_of<2>(table, Rows{codes, absmax, {}, {}}, x, sums);
-    write_row<Isa, T>(d, d.n - 1, 1, _mm512_load_ps(sums));
+    alignas(64) float y[2 * columns_at_once];
+    Sums sums(x.unit);
+    columns_of<2>(table, Rows{codes, absmax, {}, {}}, x, sums, y);
+    sums.finish_last();
+    write_row<Isa, T>(d, d.n - 1, 1, _mm512_load_ps(y));
   }
 
   // A sum of integers times absmax overflows long before y does where absmax is large: what is not finite is left to RowGemm.
@@ -285,8 +313,9 @@ template <class Isa, class T> class IntRowGemm {
   };
   static constexpr Places places{};
 
-  // sums[height][columns_at_once]
-  template <int height> [[gnu::noinline]] static void columns_of(const Table& table, const Rows& rows, const Packed& x, float* sums) {
+  // to[height][columns_at_once], when `sums` are finished.
+  template <int height>
+  [[gnu::noinline]] static void columns_of(const Table& table, const Rows& rows, const Packed& x, Sums& sums, float* to) {
     __m512 sum[columns_at_once];
 #pragma GCC unroll 8
     for (auto& s : sum) s = _mm512_setzero_ps();
@@ -303,11 +332,11 @@ template <class Isa, class T> class IntRowGemm {
           second[j] = _mm512_mask3_fmadd_ps(part, absmax, second[j], 0xff00);
         });
       }
-      write(sum, x.unit, sums);
+      sums.put(sum, to);
       add(table, rows, x, term, behind, second);
-      write(second, x.unit, sums + columns_at_once);
+      sums.put(second, to + columns_at_once);
     } else {
-      write(sum, x.unit, sums);
+      sums.put(sum, to);
     }
   }
 
@@ -351,10 +380,13 @@ template <class Isa, class T> class IntRowGemm {
   }
 
   // to[j] = unit * the lanes of sum j
-  BNB_INLINE static void write(const __m512 (&sum)[columns_at_once], float unit, float* to) {
+  BNB_INLINE static void add_up(const float (&sum)[columns_at_once][Isa::lanes], float unit, float* to) {
     __m512 pairs[columns_at_once / 2];  // sum 2 j in the lower half, 2 j + 1 in the upper one
+    const auto half = [&](int j, int i) __attribute__((always_inline)) {
+      return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_load_ps(sum[j] + 8 * i)), _mm256_load_ps(sum[j + 1] + 8 * i), 1);
+    };
 #pragma GCC unroll 4
-    for (int j = 0; j < columns_at_once / 2; ++j) pairs[j] = add_parts<0x44, 0xee>(sum[2 * j], sum[2 * j + 1]);
+    for (int j = 0; j < columns_at_once / 2; ++j) pairs[j] = _mm512_add_ps(half(2 * j, 0), half(2 * j, 1));
     const __m512 first = add_parts<0x88, 0xdd>(pairs[0], pairs[1]), second = add_parts<0x88, 0xdd>(pairs[2], pairs[3]);
     // 128-bit lane l: sums l, 4 + l, l, 4 + l, then both parts of each.
     const __m512 both = _mm512_add_ps(_mm512_unpacklo_ps(first, second), _mm512_unpackhi_ps(first, second));

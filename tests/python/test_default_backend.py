@@ -124,5 +124,5 @@ def test_products_are_those_of_the_dequantized_weight() -> None:
     w = ops.dequantize_4bit(packed, restored, 64, "nf4", [300, 96], torch.float32)
     torch.testing.assert_close(y, x @ w.t() + 1)
     layout = linear_4bit_layout((300, 96), 64, "nf4")
-    same = on_other_device("linear_4bit", x, packed, scales, layout, torch.ones(300), codes, code, offset)
+    same = on_other_device("linear_4bit.nested", x, packed, scales, layout, torch.ones(300), codes, code, offset)
     torch.testing.assert_close(same, y)  # of the kernel that the device has for gemm_4bit

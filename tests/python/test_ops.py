@@ -35,6 +35,7 @@ SCHEMAS = [
         "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
     )
 ]
+OWN = {"bitsandbytes::linear_4bit", "bitsandbytes::linear_4bit.nested"}
 
 
 def overload(qualified: str) -> torch._ops.OpOverload:
@@ -101,11 +102,12 @@ def opcheck_cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
         args = (a, packed, [n, k], absmax, code4, 64)
         yield "gemv_4bit", args
         yield "gemv_4bit.out", (*args, torch.empty(*batch, n, dtype=dtype))
-        yield "gemm_4bit", (a, packed, [n, k], absmax, 64, "nf4", torch.randn(n).to(dtype))
+        bias, layout = torch.randn(n).to(dtype), linear_4bit_layout((n, k), 64, "nf4")
+        yield "gemm_4bit", (a, packed, [n, k], absmax, 64, "nf4", bias)
+        yield "linear_4bit", (a, packed, absmax, layout, bias)
         packed, scales, codes, code, offset, _ = nested(n, k)
         yield "gemm_4bit", (a, packed, [n, k], scales, 64, "nf4", None, codes, code, offset)
-        layout = linear_4bit_layout((n, k), 64, "nf4")
-        yield "linear_4bit", (a, packed, scales, layout, torch.randn(n).to(dtype), codes, code, offset)
+        yield "linear_4bit.nested", (a, packed, scales, layout, bias, codes, code, offset)
 
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -116,7 +118,7 @@ def test_opcheck() -> None:
     for name, args in opcheck_cases():
         torch.library.opcheck(overload(name), args, test_utils=OPCHECKS)
         checked.add("bitsandbytes::" + name)
-    assert checked == {s.partition("(")[0] for s in SCHEMAS} | {"bitsandbytes::linear_4bit"}
+    assert checked == {s.partition("(")[0] for s in SCHEMAS} | OWN
 
 
 def test_opcheck_with_dynamic_shapes() -> None:
@@ -126,7 +128,7 @@ def test_opcheck_with_dynamic_shapes() -> None:
         if name not in seen and args[0].numel() > 1:
             seen.add(name)
             torch.library.opcheck(overload(name), args)
-    assert len(seen) == len(SCHEMAS) + 1
+    assert len(seen) == len(SCHEMAS) + len(OWN)
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])

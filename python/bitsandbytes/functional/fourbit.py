@@ -12,6 +12,7 @@ from .quant_state import QuantState
 _ops = torch.ops.bitsandbytes
 _gemm_4bit = _ops.gemm_4bit.default
 _linear_4bit = _ops.linear_4bit.default
+_linear_4bit_nested = _ops.linear_4bit.nested
 _is_compiling = torch.compiler.is_compiling
 _plain_tensors = torch._C.DisableTorchFunctionSubclass
 
@@ -168,7 +169,7 @@ def gemm_4bit(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = Non
             return _gemm_4bit(A, B, state.shape, scales(state), state.blocksize, state.quant_type, bias)
         nested = (state.absmax, second.code, state.offset)
         if layout is not None:
-            return _linear_4bit(A, B, second.absmax, layout, bias, *nested)
+            return _linear_4bit_nested(A, B, second.absmax, layout, bias, *nested)
         return _gemm_4bit(A, B, state.shape, second.absmax, state.blocksize, state.quant_type, bias, *nested)
 
 

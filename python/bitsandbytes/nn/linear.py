@@ -101,16 +101,16 @@ class Linear4bit(torch.nn.Linear):
             self.set_compute_type(x)
         dtype = x.dtype
         compute_dtype = self.compute_dtype or dtype
-        if dtype != compute_dtype:
+        if dtype is not compute_dtype:
             x = x.to(compute_dtype)
         bias = parameters.get("bias") if "bias" in parameters else self.bias  # under FSDP it is a plain attribute
-        if bias is not None and bias.dtype != compute_dtype:
+        if bias is not None and bias.dtype is not compute_dtype:
             bias = bias.to(compute_dtype)
         if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             y = MatMul4Bit.apply(x, weight, None, bias, state)
         else:
             y = gemm_4bit(x, weight, state, bias)
-        return y if dtype == compute_dtype else y.to(dtype)
+        return y if dtype is compute_dtype else y.to(dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -144,8 +144,11 @@ def _(
     return torch.nn.functional.linear(A, weight, None if bias is None else bias.to(A.dtype))
 
 
-@register_kernel("bitsandbytes::linear_4bit", "default")
-def _(A: Tensor, B: Tensor, absmax: Tensor, layout: int, *rest: Tensor | None) -> Tensor:
+def linear_4bit(A: Tensor, B: Tensor, absmax: Tensor, layout: int, *rest: Tensor | None) -> Tensor:
     shape, blocksize, quant_type = read_linear_4bit_layout(layout)
     # Through the dispatcher: backends of other projects have a gemm_4bit.
     return _ops.gemm_4bit.default(A, B, shape, absmax, blocksize, quant_type, *rest)
+
+
+for _name in ("linear_4bit", "linear_4bit.nested"):
+    register_kernel(f"bitsandbytes::{_name}", "default")(linear_4bit)
