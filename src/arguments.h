@@ -18,6 +18,8 @@ template <class D> Checker check_4bit(std::string_view op, const D& d, std::stri
   check.view(argument, elements);
   check.size("codes", d.codes, packed_size(elements.size));
   check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
+  check.apart(argument, bytes_of(elements), "codes", std::as_bytes(d.codes));
+  check.apart(argument, bytes_of(elements), "absmax", std::as_bytes(d.absmax));
   return check;
 }
 template <class D> Checker check_blockwise(std::string_view op, const D& d, std::string_view argument, const ConstView& elements) {
@@ -27,6 +29,8 @@ template <class D> Checker check_blockwise(std::string_view op, const D& d, std:
   check.size("code", d.code, 256);
   check.size("codes", d.codes, elements.size);
   check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
+  check.apart(argument, bytes_of(elements), "codes", std::as_bytes(d.codes));
+  check.apart(argument, bytes_of(elements), "absmax", std::as_bytes(d.absmax));
   return check;
 }
 
@@ -62,6 +66,11 @@ inline Checker check_arguments(const Gemm4bit& d) {
     check.size("absmax.values", d.absmax.values, blocks);
   }
   check_bias(check, d.bias, d.n);
+  const auto out = bytes_of(d.out);
+  check.apart("out", out, "a", bytes_of(d.a));
+  check.apart("out", out, "codes", std::as_bytes(d.codes));
+  check.apart("out", out, "absmax.values", std::as_bytes(d.absmax.values));
+  check.apart("out", out, "bias", bytes_of(d.bias));
   return check;
 }
 
@@ -74,6 +83,8 @@ Checker check_int8(std::string_view op, const D& d, std::string_view argument, c
   check.equal(argument, elements.size, n, "rows * columns");
   check.size("codes", d.codes, n);
   check.size("scale", d.scale, scales);
+  check.apart(argument, bytes_of(elements), "codes", std::as_bytes(d.codes));
+  check.apart(argument, bytes_of(elements), "scale", std::as_bytes(d.scale));
   return check;
 }
 inline void check_threshold(const Checker& check, float threshold) {
@@ -105,6 +116,7 @@ inline Checker check_arguments(const DequantizeSums& d) {
   const Checker check("dequantize_sums");
   check.size("sums", d.sums, check.product("m * n", d.m, d.n));
   check_epilogue(check, d.to, d.m, d.n);
+  check.apart("out", bytes_of(d.to.out), "sums", std::as_bytes(d.sums));
   return check;
 }
 
@@ -120,14 +132,21 @@ inline Checker check_arguments(const GemmInt8& d, bool readable = true) {
   check_depth(check, d.m, d.n, d.k);
   check.size("a", d.a, d.m * d.k);
   check.size("b", d.b, d.n * d.k);
+  const auto apart = [&](std::string_view argument, std::span<const std::byte> out) {
+    check.apart(argument, out, "a", std::as_bytes(d.a));
+    check.apart(argument, out, "b", std::as_bytes(d.b));
+  };
   if (!d.sums.empty()) {
     check.size("sums", d.sums, d.m * d.n);
+    apart("sums", std::as_bytes(d.sums));
     return check;
   }
   check_epilogue(check, d.to, d.m, d.n);
+  apart("out", bytes_of(d.to.out));
   if (d.outliers.empty()) return check;
   check.view("x", d.x);
   check.equal("x", d.x.size, d.m * d.k, "m * k");
+  check.apart("out", bytes_of(d.to.out), "x", bytes_of(d.x));
   if (readable)
     for (const int64_t c : d.outliers) check.that(c >= 0 && c < d.k, "outliers", c, "columns below k = " + std::to_string(d.k));
   return check;
@@ -144,6 +163,8 @@ inline Checker check_arguments(const LinearInt8& d) {
   check_bias(check, d.bias, d.n);
   check.view("out", d.out);
   check.equal("out", d.out.size, d.m * d.n, "m * n");
+  check.apart("out", bytes_of(d.out), "x", bytes_of(d.x));
+  check.apart("out", bytes_of(d.out), "weight", std::as_bytes(d.weight));
   return check;
 }
 

@@ -4,6 +4,7 @@
 #include <bnb/error.h>
 #include <bnb/quantize.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -11,6 +12,10 @@
 #include <type_traits>
 
 namespace bnb {
+
+inline std::span<const std::byte> bytes_of(const ConstView& v) {
+  return {static_cast<const std::byte*>(v.data), static_cast<size_t>(v.size * size_of(v.dtype))};
+}
 
 class Checker {
  public:
@@ -47,6 +52,13 @@ class Checker {
     that(v.size >= 0, argument, std::to_string(v.size) + " elements", "0 or more");
     that(v.size == 0 || v.data != nullptr, argument, "null", "a pointer to its elements");
     that(v.dtype == DType::f32 || v.dtype == DType::f16 || v.dtype == DType::bf16, argument, "of an unknown type", "f32, f16 or bf16");
+  }
+
+  // Of two arguments one is written while the other is read.
+  void apart(std::string_view argument, std::span<const std::byte> a, std::string_view other, std::span<const std::byte> b) const {
+    const auto a_at = reinterpret_cast<uintptr_t>(a.data()), b_at = reinterpret_cast<uintptr_t>(b.data());
+    if (a_at < b_at + b.size() && b_at < a_at + a.size()) [[unlikely]]
+      fail(argument, std::string("in the memory of ").append(other), "memory that both have to themselves");
   }
 
   int64_t product(std::string_view argument, int64_t a, int64_t b) const {

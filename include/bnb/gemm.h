@@ -7,8 +7,8 @@
 // A single row may instead be multiplied by fp32(value) and absmax, neither rounded nor multiplied first, or in integers of 15 bits, with
 // half the error of weights rounded to bf16, where that is faster by more than a tenth (AVX-512 without bf16 dot products, and AMX);
 // `batch_invariant` forbids it.
-// Input and output may not overlap. Nothing depends on the number of threads. With `batch_invariant`, and for m > 1 without it, row i of y
-// depends on row i of a alone.
+// An output that lies in an input is an error. Nothing depends on the number of threads. With `batch_invariant`, and for m > 1 without it,
+// row i of y depends on row i of a alone.
 // Reads n * k / 2 bytes of codes and 4 bytes per block (nested: 1) once, whatever m is. Work: 2 m n k operations.
 #pragma once
 

@@ -5,8 +5,8 @@
 // and t is replaced by the number of its nearest code. The inverse is x' = value[code] * absmax, rounded once to the output type.
 // NaN and infinity: a block that holds one has that absmax; see docs/NUMERICS.md for the codes.
 //
-// All functions: any n >= 0; input and output may not overlap; work is spread by parallel_for (bnb/parallel.h) and the bytes do not
-// depend on the number of threads or on the instruction set. Errors: bnb::Error{invalid_argument} for sizes that do not fit.
+// All functions: any n >= 0; work is spread by parallel_for (bnb/parallel.h) and the bytes do not depend on the number of threads or on the
+// instruction set. Errors: bnb::Error{invalid_argument} for sizes that do not fit and for an output that lies in an input.
 #pragma once
 
 #include <bnb/types.h>

@@ -86,6 +86,7 @@ template <class D> std::vector<Case<D>> with_blocksizes(std::vector<Case<D>> cas
 }
 
 template <class T> std::span<T> shorter(std::span<T> s) { return s.first(s.size() - 1); }
+template <class T> T* inside(const ConstView& v, int64_t at) { return static_cast<T*>(const_cast<void*>(v.data)) + at; }
 template <class T> std::span<T> null(std::span<T> s) { return {static_cast<T*>(nullptr), s.size()}; }
 
 TEST(Errors, Quantize4bit) {
@@ -102,7 +103,9 @@ TEST(Errors, Quantize4bit) {
                                {"codes", "null", [](D& d) { d.codes = null(d.codes); }},
                                {"absmax", "short", [](D& d) { d.absmax = shorter(d.absmax); }},
                                {"absmax", "none", [](D& d) { d.absmax = {}; }},
-                               {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }}}));
+                               {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }},
+                               {"x", "also the codes", [](D& d) { d.codes = {inside<uint8_t>(d.x, 4), 50}; }},
+                               {"x", "also absmax", [](D& d) { d.absmax = {inside<float>(d.x, 99), 4}; }}}));
 }
 
 TEST(Errors, Dequantize4bit) {
@@ -116,7 +119,9 @@ TEST(Errors, Dequantize4bit) {
                                {"codes", "short", [](D& d) { d.codes = shorter(d.codes); }},
                                {"codes", "null", [](D& d) { d.codes = null(d.codes); }},
                                {"absmax", "short", [](D& d) { d.absmax = shorter(d.absmax); }},
-                               {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }}}));
+                               {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }},
+                               {"out", "also the codes", [](D& d) { d.codes = {inside<uint8_t>(d.out, 4), d.codes.size()}; }},
+                               {"out", "also absmax", [](D& d) { d.absmax = {inside<float>(d.out, 99), 4}; }}}));
 }
 
 // Maps that are not ascending.
@@ -152,7 +157,9 @@ TEST(Errors, QuantizeBlockwise) {
                                {"codes", "short", [](D& d) { d.codes = shorter(d.codes); }},
                                {"codes", "null", [](D& d) { d.codes = null(d.codes); }},
                                {"absmax", "short", [](D& d) { d.absmax = shorter(d.absmax); }},
-                               {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }}}));
+                               {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }},
+                               {"x", "also the codes", [](D& d) { d.codes = {inside<uint8_t>(d.x, 4), d.codes.size()}; }},
+                               {"x", "also absmax", [](D& d) { d.absmax = {inside<float>(d.x, 99), 4}; }}}));
 }
 
 TEST(Errors, DequantizeBlockwise) {
@@ -167,7 +174,9 @@ TEST(Errors, DequantizeBlockwise) {
                                {"codes", "short", [](D& d) { d.codes = shorter(d.codes); }},
                                {"codes", "null", [](D& d) { d.codes = null(d.codes); }},
                                {"absmax", "short", [](D& d) { d.absmax = shorter(d.absmax); }},
-                               {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }}}));
+                               {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }},
+                               {"out", "also the codes", [](D& d) { d.codes = {inside<uint8_t>(d.out, 4), d.codes.size()}; }},
+                               {"out", "also absmax", [](D& d) { d.absmax = {inside<float>(d.out, 99), 4}; }}}));
 }
 
 TEST(Errors, Gemm4bit) {
@@ -197,6 +206,10 @@ TEST(Errors, Gemm4bit) {
                                {"absmax.values", "short", [](D& d) { d.absmax.values = shorter(d.absmax.values); }},
                                {"absmax.values", "none", [](D& d) { d.absmax.values = {}; }},
                                {"absmax.values", "null", [](D& d) { d.absmax.values = null(d.absmax.values); }},
+                               {"out", "also a", [](D& d) { d.out.data = inside<float>(d.a, 59); }},
+                               {"out", "also the codes", [](D& d) { d.out.data = const_cast<uint8_t*>(d.codes.data()) + 8; }},
+                               {"out", "also absmax", [](D& d) { d.out.data = const_cast<float*>(d.absmax.values.data()); }},
+                               {"out", "also the bias", [](D& d) { d.out.data = inside<float>(d.bias, 4); }},
                                {"bias", "null", [](D& d) { d.bias.data = nullptr; }},
                                {"bias", "negative", [](D& d) { d.bias.size = -5; }},
                                {"bias", "short", [](D& d) { d.bias.size = 4; }},
@@ -238,7 +251,7 @@ TEST(Errors, OutOfMemory) {
   const int64_t m = int64_t{1} << 55;
   Buffers buffers;
   auto d = buffers.gemm_4bit();
-  d.m = m, d.n = 1, d.k = 0, d.a = {nullptr, DType::f32, 0}, d.bias = {};
+  d.m = m, d.n = 1, d.k = 0, d.a = {nullptr, DType::f32, 0}, d.codes = {}, d.absmax = {}, d.bias = {};
   d.out.size = m;  // never reached
   try {
     gemm_4bit(d);

@@ -346,6 +346,22 @@ TEST(Int8Errors, NameTheArgument) {
   EXPECT_TRUE(has(message_of([&] { (gemm_int8)(g); }), "k is 131072"));
   g.k = 3, g.to.column_scale = std::span(scale).first(2);
   EXPECT_TRUE(has(message_of([&] { (gemm_int8)(g); }), "column_scale is 2 elements"));
+  // What is written may not lie in what is read.
+  g.to.column_scale = scale, g.to.out = {b.data() + 8, DType::f16, 16};
+  EXPECT_TRUE(has(message_of([&] { (gemm_int8)(g); }), "gemm_int8: out is in the memory of b"));
+  std::vector<int32_t> sums(16);
+  EXPECT_TRUE(
+      has(message_of([&] { (gemm_int8)({.m = 4, .n = 4, .k = 3, .a = {reinterpret_cast<int8_t*>(&sums[15]), 12}, .b = b, .sums = sums}); }),
+          "sums is in the memory of a"));
+  EXPECT_TRUE(has(message_of([&] { (dequantize_sums)({4, 4, sums, {scale, scale, {}, {&sums[15], DType::f32, 16}}}); }),
+                  "out is in the memory of sums"));
+  q = {4, 3, std::span(x), 0, {reinterpret_cast<int8_t*>(&x[11]), 12}, scale, none};
+  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "x is in the memory of codes"));
+  EXPECT_TRUE(has(message_of([&] {
+                    (linear_int8)(
+                        {.m = 4, .n = 4, .k = 3, .x = std::span(x), .weight = b, .weight_scale = scale, .out = {&x[11], DType::f32, 16}});
+                  }),
+                  "out is in the memory of x"));
   EXPECT_TRUE(has(message_of([&] { linear_int8({.m = -1, .n = 2, .k = 3}); }), "linear_int8: m * n"));
 }
 

@@ -169,3 +169,23 @@ def test_the_layout_of_a_state_follows_its_parts() -> None:
     assert state.linear_layout is None
     with pytest.raises((ValueError, RuntimeError), match="blocksize"):
         F.gemv_4bit(torch.randn(1, 192), packed, state=state)
+
+
+@pytest.mark.parametrize("shift", [0, 63])
+def test_out_may_not_lie_in_an_input(shift: int) -> None:
+    packed, absmax, _ = weight(64, 64)
+    memory = torch.randn(64 + shift)
+    a, out = memory[:64], memory[shift:]
+    before = memory.clone()
+    code = F.get_4bit_type("nf4", device="cpu")
+    with pytest.raises(ValueError, match="gemm_4bit: out is in the memory of a"):
+        ops.gemv_4bit.out(a, packed, [64, 64], absmax, code, 64, out)
+    floats = packed.view(-1).view(torch.float32)[:64].view(8, 8)
+    with pytest.raises(ValueError, match="dequantize_4bit: out is in the memory of codes"):
+        ops.dequantize_4bit.out(packed, absmax, 64, "nf4", [8, 8], torch.float32, floats)
+    assert torch.equal(a, before[:64])
+    # Next to each other they may lie.
+    memory = torch.randn(128)
+    expected = ops.gemv_4bit(memory[:64], packed, [64, 64], absmax, code, 64)
+    ops.gemv_4bit.out(memory[:64], packed, [64, 64], absmax, code, 64, memory[64:])
+    assert torch.equal(memory[64:], expected)
