@@ -15,22 +15,25 @@ template <class D> Checker check_4bit(std::string_view op, const D& d, std::stri
   const Checker check(op);
   check.type(d.type);
   check.blocksize(d.blocksize);
-  check.view(argument, elements);
-  check.size("codes", d.codes, packed_size(elements.size));
-  check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
-  check.apart(argument, bytes_of(elements), "codes", std::as_bytes(d.codes));
-  check.apart(argument, bytes_of(elements), "absmax", std::as_bytes(d.absmax));
+  const Memory x = check.view(argument, elements);
+  const Memory codes = check.size("codes", d.codes, packed_size(elements.size));
+  const Memory absmax = check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
+  if constexpr (requires { d.out; })
+    check.apart({x}, {codes, absmax});
+  else
+    check.apart({codes, absmax}, {x});
   return check;
 }
 template <class D> Checker check_blockwise(std::string_view op, const D& d, std::string_view argument, const ConstView& elements) {
   const Checker check(op);
   check.blocksize(d.blocksize);
-  check.view(argument, elements);
-  check.size("code", d.code, 256);
-  check.size("codes", d.codes, elements.size);
-  check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
-  check.apart(argument, bytes_of(elements), "codes", std::as_bytes(d.codes));
-  check.apart(argument, bytes_of(elements), "absmax", std::as_bytes(d.absmax));
+  const Memory x = check.view(argument, elements), code = check.size("code", d.code, 256);
+  const Memory codes = check.size("codes", d.codes, elements.size);
+  const Memory absmax = check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
+  if constexpr (requires { d.out; })
+    check.apart({x}, {code, codes, absmax});
+  else
+    check.apart({codes, absmax}, {code, x});
   return check;
 }
 
@@ -40,9 +43,10 @@ inline Checker check_arguments(const Dequantize4bit& d) { return check_4bit("deq
 inline Checker check_arguments(const QuantizeBlockwise& d) { return check_blockwise("quantize_blockwise", d, "x", d.x); }
 inline Checker check_arguments(const DequantizeBlockwise& d) { return check_blockwise("dequantize_blockwise", d, "out", d.out); }
 
-inline void check_bias(const Checker& check, const ConstView& bias, int64_t n) {
-  check.view("bias", bias);
+inline Memory check_bias(const Checker& check, const ConstView& bias, int64_t n) {
+  const Memory memory = check.view("bias", bias);
   if (bias.size != 0) check.equal("bias", bias.size, n, "n elements");
+  return memory;
 }
 
 inline Checker check_arguments(const Gemm4bit& d) {
@@ -50,27 +54,22 @@ inline Checker check_arguments(const Gemm4bit& d) {
   check.type(d.type);
   check.blocksize(d.blocksize);
   const int64_t weights = check.product("n * k", d.n, d.k);
-  check.view("a", d.a);
+  const Memory a = check.view("a", d.a);
   check.equal("a", d.a.size, check.product("m * k", d.m, d.k), "m * k elements");
-  check.view("out", d.out);
+  const Memory out = check.view("out", d.out);
   check.equal("out", d.out.size, check.product("m * n", d.m, d.n), "m * n elements");
   check.that(d.out.dtype == d.a.dtype, "out", name(d.out.dtype), "the type of a");
-  check.size("codes", d.codes, packed_size(weights));
+  const Memory codes = check.size("codes", d.codes, packed_size(weights));
   const int64_t blocks = blocks_of(weights, d.blocksize);
   if (d.absmax.is_nested()) {
-    check.size("absmax.codes", d.absmax.codes, blocks);
-    check.size("absmax.code", d.absmax.code, 256);
+    const Memory nested_codes = check.size("absmax.codes", d.absmax.codes, blocks);
+    const Memory code = check.size("absmax.code", d.absmax.code, 256);
     check.blocksize(d.absmax.nested_blocksize, "absmax.nested_blocksize");
-    check.size("absmax.nested", d.absmax.nested, blocks_of(blocks, d.absmax.nested_blocksize));
+    check.apart({out}, {nested_codes, code, check.size("absmax.nested", d.absmax.nested, blocks_of(blocks, d.absmax.nested_blocksize))});
   } else {
-    check.size("absmax.values", d.absmax.values, blocks);
+    check.apart({out}, {check.size("absmax.values", d.absmax.values, blocks)});
   }
-  check_bias(check, d.bias, d.n);
-  const auto out = bytes_of(d.out);
-  check.apart("out", out, "a", bytes_of(d.a));
-  check.apart("out", out, "codes", std::as_bytes(d.codes));
-  check.apart("out", out, "absmax.values", std::as_bytes(d.absmax.values));
-  check.apart("out", out, "bias", bytes_of(d.bias));
+  check.apart({out}, {a, codes, check_bias(check, d.bias, d.n)});
   return check;
 }
 
@@ -79,12 +78,13 @@ template <class D>
 Checker check_int8(std::string_view op, const D& d, std::string_view argument, const ConstView& elements, int64_t scales) {
   const Checker check(op);
   const int64_t n = check.product("rows * columns", d.rows, d.columns);
-  check.view(argument, elements);
+  const Memory x = check.view(argument, elements);
   check.equal(argument, elements.size, n, "rows * columns");
-  check.size("codes", d.codes, n);
-  check.size("scale", d.scale, scales);
-  check.apart(argument, bytes_of(elements), "codes", std::as_bytes(d.codes));
-  check.apart(argument, bytes_of(elements), "scale", std::as_bytes(d.scale));
+  const Memory codes = check.size("codes", d.codes, n), scale = check.size("scale", d.scale, scales);
+  if constexpr (requires { d.out; })
+    check.apart({x}, {codes, scale});
+  else
+    check.apart({codes, scale}, {x});
   return check;
 }
 inline void check_threshold(const Checker& check, float threshold) {
@@ -94,7 +94,9 @@ inline void check_threshold(const Checker& check, float threshold) {
 inline Checker check_arguments(const QuantizeInt8& d) {
   const Checker check = check_int8("quantize_int8", d, "x", d.x, d.rows);
   check_threshold(check, d.threshold);
-  if (d.threshold > 0) check.size("outliers", d.outliers, outlier_words(d.columns));
+  if (d.threshold > 0)
+    check.apart({check.size("outliers", d.outliers, outlier_words(d.columns))},
+                {check.view("x", d.x), check.size("codes", d.codes, d.x.size), check.size("scale", d.scale, d.rows)});
   return check;
 }
 inline Checker check_arguments(const QuantizeColumnsInt8& d) {
@@ -104,19 +106,19 @@ inline Checker check_arguments(const QuantizeColumnsInt8& d) {
 }
 inline Checker check_arguments(const DequantizeInt8& d) { return check_int8("dequantize_int8", d, "out", d.out, d.rows); }
 
-inline void check_epilogue(const Checker& check, const Int8Epilogue& to, int64_t m, int64_t n) {
-  check.size("row_scale", to.row_scale, m);
-  check.size("column_scale", to.column_scale, n);
-  check_bias(check, to.bias, n);
-  check.view("out", to.out);
+// Gives where the output lies.
+inline Memory check_epilogue(const Checker& check, const Int8Epilogue& to, int64_t m, int64_t n) {
+  const Memory rows = check.size("row_scale", to.row_scale, m), columns = check.size("column_scale", to.column_scale, n);
+  const Memory bias = check_bias(check, to.bias, n), out = check.view("out", to.out);
   check.equal("out", to.out.size, m * n, "m * n");
+  check.apart({out}, {rows, columns, bias});
+  return out;
 }
 
 inline Checker check_arguments(const DequantizeSums& d) {
   const Checker check("dequantize_sums");
-  check.size("sums", d.sums, check.product("m * n", d.m, d.n));
-  check_epilogue(check, d.to, d.m, d.n);
-  check.apart("out", bytes_of(d.to.out), "sums", std::as_bytes(d.sums));
+  const Memory sums = check.size("sums", d.sums, check.product("m * n", d.m, d.n));
+  check.apart({check_epilogue(check, d.to, d.m, d.n)}, {sums});
   return check;
 }
 
@@ -130,23 +132,17 @@ inline void check_depth(const Checker& check, int64_t m, int64_t n, int64_t k) {
 inline Checker check_arguments(const GemmInt8& d, bool readable = true) {
   const Checker check("gemm_int8");
   check_depth(check, d.m, d.n, d.k);
-  check.size("a", d.a, d.m * d.k);
-  check.size("b", d.b, d.n * d.k);
-  const auto apart = [&](std::string_view argument, std::span<const std::byte> out) {
-    check.apart(argument, out, "a", std::as_bytes(d.a));
-    check.apart(argument, out, "b", std::as_bytes(d.b));
-  };
+  const Memory a = check.size("a", d.a, d.m * d.k), b = check.size("b", d.b, d.n * d.k);
   if (!d.sums.empty()) {
-    check.size("sums", d.sums, d.m * d.n);
-    apart("sums", std::as_bytes(d.sums));
+    check.apart({check.size("sums", d.sums, d.m * d.n)}, {a, b});
     return check;
   }
-  check_epilogue(check, d.to, d.m, d.n);
-  apart("out", bytes_of(d.to.out));
+  const Memory out = check_epilogue(check, d.to, d.m, d.n);
+  check.apart({out}, {a, b});
   if (d.outliers.empty()) return check;
-  check.view("x", d.x);
+  const Memory x = check.view("x", d.x);
   check.equal("x", d.x.size, d.m * d.k, "m * k");
-  check.apart("out", bytes_of(d.to.out), "x", bytes_of(d.x));
+  check.apart({out}, {x, check.size("outliers", d.outliers, std::ssize(d.outliers))});
   if (readable)
     for (const int64_t c : d.outliers) check.that(c >= 0 && c < d.k, "outliers", c, "columns below k = " + std::to_string(d.k));
   return check;
@@ -156,15 +152,12 @@ inline Checker check_arguments(const LinearInt8& d) {
   const Checker check("linear_int8");
   check_depth(check, d.m, d.n, d.k);
   check_threshold(check, d.threshold);
-  check.view("x", d.x);
+  const Memory x = check.view("x", d.x);
   check.equal("x", d.x.size, d.m * d.k, "m * k");
-  check.size("weight", d.weight, d.n * d.k);
-  check.size("weight_scale", d.weight_scale, d.n);
-  check_bias(check, d.bias, d.n);
-  check.view("out", d.out);
+  const Memory weight = check.size("weight", d.weight, d.n * d.k), scale = check.size("weight_scale", d.weight_scale, d.n);
+  const Memory bias = check_bias(check, d.bias, d.n), out = check.view("out", d.out);
   check.equal("out", d.out.size, d.m * d.n, "m * n");
-  check.apart("out", bytes_of(d.out), "x", bytes_of(d.x));
-  check.apart("out", bytes_of(d.out), "weight", std::as_bytes(d.weight));
+  check.apart({out}, {x, weight, scale, bias});
   return check;
 }
 

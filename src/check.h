@@ -4,8 +4,8 @@
 #include <bnb/error.h>
 #include <bnb/quantize.h>
 
-#include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <span>
 #include <string>
 #include <string_view>
@@ -13,9 +13,16 @@
 
 namespace bnb {
 
-inline std::span<const std::byte> bytes_of(const ConstView& v) {
-  return {static_cast<const std::byte*>(v.data), static_cast<size_t>(v.size * size_of(v.dtype))};
-}
+// Where an argument lies. Pointers into different objects have no order, numbers do.
+struct Memory {
+  std::string_view argument;
+  uintptr_t begin = 0, bytes = 0;
+
+  Memory(std::string_view name, const void* data, int64_t elements, int64_t size)
+      : argument(name), begin(reinterpret_cast<uintptr_t>(data)), bytes(static_cast<uintptr_t>(elements) * static_cast<uintptr_t>(size)) {}
+
+  bool meets(const Memory& o) const { return bytes != 0 && o.bytes != 0 && begin < o.begin + o.bytes && o.begin < begin + bytes; }
+};
 
 class Checker {
  public:
@@ -42,23 +49,30 @@ class Checker {
       fail(argument, std::to_string(given) + " elements", std::to_string(expected) + " (" + std::string(meaning) + ")");
   }
 
-  // A buffer of at least `needed` elements, not null unless nothing is needed.
-  template <class T> void size(std::string_view argument, std::span<T> given, int64_t needed) const {
+  // A buffer of at least `needed` elements, not null unless nothing is needed. More are not looked at.
+  template <class T> Memory size(std::string_view argument, std::span<T> given, int64_t needed) const {
     if (static_cast<int64_t>(given.size()) < needed || (needed > 0 && given.data() == nullptr)) [[unlikely]]
       fail(argument, std::to_string(given.data() ? given.size() : 0) + " elements", "at least " + std::to_string(needed));
+    return {argument, given.data(), needed, sizeof(T)};
   }
 
-  void view(std::string_view argument, const ConstView& v) const {
+  Memory view(std::string_view argument, const ConstView& v) const {
     that(v.size >= 0, argument, std::to_string(v.size) + " elements", "0 or more");
     that(v.size == 0 || v.data != nullptr, argument, "null", "a pointer to its elements");
     that(v.dtype == DType::f32 || v.dtype == DType::f16 || v.dtype == DType::bf16, argument, "of an unknown type", "f32, f16 or bf16");
+    return {argument, v.data, v.size, size_of(v.dtype)};
   }
 
-  // Of two arguments one is written while the other is read.
-  void apart(std::string_view argument, std::span<const std::byte> a, std::string_view other, std::span<const std::byte> b) const {
-    const auto a_at = reinterpret_cast<uintptr_t>(a.data()), b_at = reinterpret_cast<uintptr_t>(b.data());
-    if (a_at < b_at + b.size() && b_at < a_at + a.size()) [[unlikely]]
-      fail(argument, std::string("in the memory of ").append(other), "memory that both have to themselves");
+  // What a call writes lies neither in what it reads nor in what else it writes.
+  void apart(std::initializer_list<Memory> written, std::initializer_list<Memory> read) const {
+    for (const Memory& w : written) {
+      for (const Memory& r : read)
+        if (w.meets(r)) [[unlikely]]
+          fail(w.argument, std::string("in the memory of ").append(r.argument), "memory of its own");
+      for (const Memory& other : written)
+        if (&other != &w && w.meets(other)) [[unlikely]]
+          fail(w.argument, std::string("in the memory of ").append(other.argument), "memory of its own");
+    }
   }
 
   int64_t product(std::string_view argument, int64_t a, int64_t b) const {

@@ -3,7 +3,8 @@
 //
 // A row is stored as codes of -127..127 and one scale: x' = code * scale / 127. A product of two such matrices is exact in int32 and gets
 // both scales, the bias and the outlier columns in fp32 on its way out, rounded once.
-// Bytes do not depend on the number of threads or the instruction set. Errors: bnb::Error{invalid_argument} for sizes that do not fit.
+// Bytes do not depend on the number of threads or the instruction set. Errors: bnb::Error{invalid_argument} for sizes that do not fit and
+// for an output that lies in an input or in another output.
 #pragma once
 
 #include <bnb/types.h>

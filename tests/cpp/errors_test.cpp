@@ -87,6 +87,9 @@ template <class D> std::vector<Case<D>> with_blocksizes(std::vector<Case<D>> cas
 
 template <class T> std::span<T> shorter(std::span<T> s) { return s.first(s.size() - 1); }
 template <class T> T* inside(const ConstView& v, int64_t at) { return static_cast<T*>(const_cast<void*>(v.data)) + at; }
+template <class T> uint8_t* mutable_bytes(std::span<T> s) {
+  return reinterpret_cast<uint8_t*>(const_cast<std::remove_const_t<T>*>(s.data()));
+}
 template <class T> std::span<T> null(std::span<T> s) { return {static_cast<T*>(nullptr), s.size()}; }
 
 TEST(Errors, Quantize4bit) {
@@ -104,8 +107,9 @@ TEST(Errors, Quantize4bit) {
                                {"absmax", "short", [](D& d) { d.absmax = shorter(d.absmax); }},
                                {"absmax", "none", [](D& d) { d.absmax = {}; }},
                                {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }},
-                               {"x", "also the codes", [](D& d) { d.codes = {inside<uint8_t>(d.x, 4), 50}; }},
-                               {"x", "also absmax", [](D& d) { d.absmax = {inside<float>(d.x, 99), 4}; }}}));
+                               {"codes", "in x", [](D& d) { d.codes = {inside<uint8_t>(d.x, 4), 50}; }},
+                               {"absmax", "in x", [](D& d) { d.absmax = {inside<float>(d.x, 99), 4}; }},
+                               {"codes", "in absmax", [](D& d) { d.codes = {reinterpret_cast<uint8_t*>(&d.absmax[3]), 50}; }}}));
 }
 
 TEST(Errors, Dequantize4bit) {
@@ -158,8 +162,9 @@ TEST(Errors, QuantizeBlockwise) {
                                {"codes", "null", [](D& d) { d.codes = null(d.codes); }},
                                {"absmax", "short", [](D& d) { d.absmax = shorter(d.absmax); }},
                                {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }},
-                               {"x", "also the codes", [](D& d) { d.codes = {inside<uint8_t>(d.x, 4), d.codes.size()}; }},
-                               {"x", "also absmax", [](D& d) { d.absmax = {inside<float>(d.x, 99), 4}; }}}));
+                               {"codes", "in x", [](D& d) { d.codes = {inside<uint8_t>(d.x, 4), d.codes.size()}; }},
+                               {"codes", "in the map", [](D& d) { d.codes = {mutable_bytes(d.code), d.codes.size()}; }},
+                               {"absmax", "in x", [](D& d) { d.absmax = {inside<float>(d.x, 99), 4}; }}}));
 }
 
 TEST(Errors, DequantizeBlockwise) {
@@ -176,7 +181,8 @@ TEST(Errors, DequantizeBlockwise) {
                                {"absmax", "short", [](D& d) { d.absmax = shorter(d.absmax); }},
                                {"absmax", "null", [](D& d) { d.absmax = null(d.absmax); }},
                                {"out", "also the codes", [](D& d) { d.codes = {inside<uint8_t>(d.out, 4), d.codes.size()}; }},
-                               {"out", "also absmax", [](D& d) { d.absmax = {inside<float>(d.out, 99), 4}; }}}));
+                               {"out", "also absmax", [](D& d) { d.absmax = {inside<float>(d.out, 99), 4}; }},
+                               {"out", "also the map", [](D& d) { d.out.data = mutable_bytes(d.code); }}}));
 }
 
 TEST(Errors, Gemm4bit) {
@@ -207,8 +213,8 @@ TEST(Errors, Gemm4bit) {
                                {"absmax.values", "none", [](D& d) { d.absmax.values = {}; }},
                                {"absmax.values", "null", [](D& d) { d.absmax.values = null(d.absmax.values); }},
                                {"out", "also a", [](D& d) { d.out.data = inside<float>(d.a, 59); }},
-                               {"out", "also the codes", [](D& d) { d.out.data = const_cast<uint8_t*>(d.codes.data()) + 8; }},
-                               {"out", "also absmax", [](D& d) { d.out.data = const_cast<float*>(d.absmax.values.data()); }},
+                               {"out", "also the codes", [](D& d) { d.out.data = mutable_bytes(d.codes) + 8; }},
+                               {"out", "also absmax", [](D& d) { d.out.data = mutable_bytes(d.absmax.values); }},
                                {"out", "also the bias", [](D& d) { d.out.data = inside<float>(d.bias, 4); }},
                                {"bias", "null", [](D& d) { d.bias.data = nullptr; }},
                                {"bias", "negative", [](D& d) { d.bias.size = -5; }},
@@ -224,6 +230,9 @@ TEST(Errors, NestedAbsmax) {
                                 {"absmax.code", "short", [](D& d) { d.absmax.code = shorter(d.absmax.code); }},
                                 {"absmax.code", "null", [](D& d) { d.absmax.code = null(d.absmax.code); }},
                                 {"absmax.nested", "none", [](D& d) { d.absmax.nested = {}; }},
+                                {"out", "also absmax.codes", [](D& d) { d.out.data = mutable_bytes(d.absmax.codes); }},
+                                {"out", "also absmax.code", [](D& d) { d.out.data = mutable_bytes(d.absmax.code) + 1000; }},
+                                {"out", "also absmax.nested", [](D& d) { d.out.data = mutable_bytes(d.absmax.nested); }},
                                 {"absmax.nested", "null", [](D& d) { d.absmax.nested = null(d.absmax.nested); }}};
   for (const int64_t b : kBadBlocksizes)
     cases.push_back({"absmax.nested_blocksize", "not allowed", [b](D& d) { d.absmax.nested_blocksize = b; }});
@@ -243,6 +252,15 @@ TEST(Errors, WhatIsAllowed) {
   d.x.size = 64;
   EXPECT_NO_THROW(quantize_4bit(d));
   EXPECT_EQ(buffers.codes_out.span()[32], 0xA5);
+  // Parts of one buffer, as long as they are different ones; nothing lies anywhere.
+  std::vector<float> memory(32 + 1 + 8);
+  Quantize4bit parts{.blocksize = 32,
+                     .x = std::span<const float>(memory).first(32),
+                     .codes = {reinterpret_cast<uint8_t*>(&memory[33]), 16},
+                     .absmax = {&memory[32], 1}};
+  EXPECT_NO_THROW(quantize_4bit(parts));
+  EXPECT_NO_THROW(
+      quantize_4bit({.x = std::span<const float>(memory).subspan(1, 0), .codes = {reinterpret_cast<uint8_t*>(memory.data()), 16}}));
 }
 
 // Scratch memory that cannot be had is an Error too (k = 0, so that no operand is large).

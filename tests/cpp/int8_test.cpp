@@ -355,8 +355,12 @@ TEST(Int8Errors, NameTheArgument) {
           "sums is in the memory of a"));
   EXPECT_TRUE(has(message_of([&] { (dequantize_sums)({4, 4, sums, {scale, scale, {}, {&sums[15], DType::f32, 16}}}); }),
                   "out is in the memory of sums"));
+  g.to.out = {scale.data() + 3, DType::f32, 16};
+  EXPECT_TRUE(has(message_of([&] { (gemm_int8)(g); }), "out is in the memory of row_scale"));
+  q = {4, 3, std::span(x), 6, codes, scale, {reinterpret_cast<uint64_t*>(x.data()), 1}};
+  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "outliers is in the memory of x"));
   q = {4, 3, std::span(x), 0, {reinterpret_cast<int8_t*>(&x[11]), 12}, scale, none};
-  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "x is in the memory of codes"));
+  EXPECT_TRUE(has(message_of([&] { (quantize_int8)(q); }), "codes is in the memory of x"));
   EXPECT_TRUE(has(message_of([&] {
                     (linear_int8)(
                         {.m = 4, .n = 4, .k = 3, .x = std::span(x), .weight = b, .weight_scale = scale, .out = {&x[11], DType::f32, 16}});

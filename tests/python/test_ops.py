@@ -183,6 +183,9 @@ def test_out_may_not_lie_in_an_input(shift: int) -> None:
     floats = packed.view(-1).view(torch.float32)[:64].view(8, 8)
     with pytest.raises(ValueError, match="dequantize_4bit: out is in the memory of codes"):
         ops.dequantize_4bit.out(packed, absmax, 64, "nf4", [8, 8], torch.float32, floats)
+    codes, memory = torch.randint(256, (64,), dtype=torch.uint8), torch.randn(256 + 64)
+    with pytest.raises(ValueError, match="dequantize_blockwise: out is in the memory of code"):
+        ops.dequantize_blockwise.out(codes, torch.ones(1), memory[:256], 64, torch.float32, memory[255:319])
     assert torch.equal(a, before[:64])
     # Next to each other they may lie.
     memory = torch.randn(128)
