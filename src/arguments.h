@@ -10,7 +10,17 @@
 
 namespace bnb {
 
-// Both directions of a block quantization have one set of buffers; `argument` names the one that holds `elements`.
+// Both directions of a quantization have one set of buffers: elements are written and codes and scales read, or the other way about.
+template <class D>
+void apart(const Checker& check, const D& d, const Memory& elements, const Memory& codes, const Memory& scales,
+           const Memory& map = {"code", nullptr, 0, 0}) {
+  if constexpr (requires { d.out; })
+    check.apart({elements}, {codes, scales, map});
+  else
+    check.apart({codes, scales}, {elements, map});
+}
+
+// `argument` names the one that holds `elements`.
 template <class D> Checker check_4bit(std::string_view op, const D& d, std::string_view argument, const ConstView& elements) {
   const Checker check(op);
   check.type(d.type);
@@ -18,10 +28,7 @@ template <class D> Checker check_4bit(std::string_view op, const D& d, std::stri
   const Memory x = check.view(argument, elements);
   const Memory codes = check.size("codes", d.codes, packed_size(elements.size));
   const Memory absmax = check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
-  if constexpr (requires { d.out; })
-    check.apart({x}, {codes, absmax});
-  else
-    check.apart({codes, absmax}, {x});
+  apart(check, d, x, codes, absmax);
   return check;
 }
 template <class D> Checker check_blockwise(std::string_view op, const D& d, std::string_view argument, const ConstView& elements) {
@@ -30,10 +37,7 @@ template <class D> Checker check_blockwise(std::string_view op, const D& d, std:
   const Memory x = check.view(argument, elements), code = check.size("code", d.code, 256);
   const Memory codes = check.size("codes", d.codes, elements.size);
   const Memory absmax = check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));
-  if constexpr (requires { d.out; })
-    check.apart({x}, {code, codes, absmax});
-  else
-    check.apart({codes, absmax}, {code, x});
+  apart(check, d, x, codes, absmax, code);
   return check;
 }
 
@@ -81,10 +85,9 @@ Checker check_int8(std::string_view op, const D& d, std::string_view argument, c
   const Memory x = check.view(argument, elements);
   check.equal(argument, elements.size, n, "rows * columns");
   const Memory codes = check.size("codes", d.codes, n), scale = check.size("scale", d.scale, scales);
-  if constexpr (requires { d.out; })
-    check.apart({x}, {codes, scale});
-  else
-    check.apart({codes, scale}, {x});
+  apart(check, d, x, codes, scale);
+  if constexpr (requires { d.outliers; })
+    if (d.threshold > 0) check.apart({check.size("outliers", d.outliers, outlier_words(d.columns))}, {x, codes, scale});
   return check;
 }
 inline void check_threshold(const Checker& check, float threshold) {
@@ -94,9 +97,6 @@ inline void check_threshold(const Checker& check, float threshold) {
 inline Checker check_arguments(const QuantizeInt8& d) {
   const Checker check = check_int8("quantize_int8", d, "x", d.x, d.rows);
   check_threshold(check, d.threshold);
-  if (d.threshold > 0)
-    check.apart({check.size("outliers", d.outliers, outlier_words(d.columns))},
-                {check.view("x", d.x), check.size("codes", d.codes, d.x.size), check.size("scale", d.scale, d.rows)});
   return check;
 }
 inline Checker check_arguments(const QuantizeColumnsInt8& d) {

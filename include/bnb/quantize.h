@@ -6,8 +6,8 @@
 // NaN and infinity: a block that holds one has that absmax; see docs/NUMERICS.md for the codes.
 //
 // All functions: any n >= 0; work is spread by parallel_for (bnb/parallel.h) and the bytes do not depend on the number of threads or on the
-// instruction set. Errors: bnb::Error{invalid_argument} for sizes that do not fit and for an output that lies in an
-// input or in another output.
+// instruction set. Errors: bnb::Error{invalid_argument} for sizes that do not fit and for an output that lies in an input or in another
+// output.
 #pragma once
 
 #include <bnb/types.h>

@@ -1,4 +1,4 @@
-// The operators of LLM.int8() for any device (ops.h): names and schemas of the released package, and int8_linear, a whole forward in one
+// The operators of LLM.int8() for any device (args.h): names and schemas of the released package, and int8_linear, a whole forward in one
 // call. A Device supplies for them
 //   quantize_int8(d, allocate)        gives the outlier columns in a tensor of allocate(count) int64, if there is a threshold
 //   linear_int8(d, allocate)          allocate(bytes) gives it a tensor to work in
@@ -8,7 +8,7 @@
 
 #include <limits>
 
-#include "ops.h"
+#include "args.h"
 
 namespace bnb::torch_ops {
 
@@ -94,7 +94,7 @@ template <class Device> Tensor int8_vectorwise_dequant(const Tensor& a, const Te
   const Matrix shape(args, "A", a);
   const Tensor codes = args.codes("A", a), scale = args.scales("stats", stats, shape.rows);
   const Tensor out = new_empty(args, a, sizes(a), ScalarType::Float);
-  args.device.dequantize_int8({shape.rows, shape.columns, read<int8_t>(codes), read<float>(scale), args.result(out, ScalarType::Float)});
+  args.device.dequantize_int8({shape.rows, shape.columns, read<int8_t>(codes), read<float>(scale), args.mutable_values("out", out)});
   return out;
 }
 
@@ -144,8 +144,10 @@ Tensor int8_mm_dequant(const Tensor& a, const Tensor& row_stats, const Tensor& c
   args.float_type("dtype", type);
   const Bias<Device> kept(args, bias, shape.columns);
   const Tensor out = new_empty(args, a, sizes(a), type);
-  args.device.dequantize_sums(
-      {shape.rows, shape.columns, read<int32_t>(sums), {read<float>(rows), read<float>(columns), kept.view, args.result(out, type)}});
+  args.device.dequantize_sums({shape.rows,
+                               shape.columns,
+                               read<int32_t>(sums),
+                               {read<float>(rows), read<float>(columns), kept.view, args.mutable_values("out", out)}});
   return out;
 }
 
@@ -159,9 +161,8 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   const ScalarType type = dtype.value_or(ScalarType::Half);
   args.float_type("dtype", type);
   const Bias<Device> kept(args, bias, d.n);
-  const Sizes shape = with_last(a, d.n);
-  const Tensor out = new_empty(args, a, shape, type);
-  d.to = {read<float>(rows), read<float>(columns), kept.view, args.result(out, type)};
+  const Tensor out = new_empty(args, a, with_last(a, d.n), type);
+  d.to = {read<float>(rows), read<float>(columns), kept.view, args.mutable_values("out", out)};
   args.device.gemm_int8(d);
   return out;
 }
@@ -186,9 +187,8 @@ std::tuple<Tensor, std::optional<Tensor>> int8_mixed_scaled_mm(const Tensor& a, 
     d.outliers = read<int64_t>(*list);
     sub = new_empty(args, a, with_last(a, std::ssize(d.outliers)), type_of(a));
   }
-  const Sizes shape = with_last(a, d.n);
-  const Tensor out = new_empty(args, a, shape, type_of(a));
-  d.to = {read<float>(rows), read<float>(columns), kept.view, args.result(out, type_of(a))};
+  const Tensor out = new_empty(args, a, with_last(a, d.n), type_of(a));
+  d.to = {read<float>(rows), read<float>(columns), kept.view, args.mutable_values("out", out)};
   args.device.gemm_int8(d);
   if (sub) args.device.gather_columns(d, sub->mutable_data_ptr());
   return {out, sub};
@@ -203,10 +203,9 @@ Tensor int8_linear(const Tensor& a, const Tensor& cb, const Tensor& scb, const s
   const Tensor scale = args.scales("SCB", scb, n);
   const Bias<Device> kept(args, bias, n);
   const ConstView values = args.values("A", x);
-  const Sizes out_shape = with_last(a, n);
-  const Tensor out = new_empty(args, a, out_shape, type_of(a));
+  const Tensor out = new_empty(args, a, with_last(a, n), type_of(a));
   args.device.linear_int8({shape.rows, n, shape.columns, values, args.threshold(threshold), read<int8_t>(weight), read<float>(scale),
-                           kept.view, args.result(out, type_of(a))},
+                           kept.view, args.mutable_values("out", out)},
                           [&](int64_t size) { return new_empty(args, a, std::array{size}, ScalarType::Byte); });
   return out;
 }

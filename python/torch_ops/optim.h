@@ -1,9 +1,9 @@
-// The operators of the optimizers for any device (ops.h): one private operator that steps all tensors of a group, and the two of the
+// The operators of the optimizers for any device (args.h): one private operator that steps all tensors of a group, and the two of the
 // released package, which step one. A Device supplies for them
 //   optimizer_step(s, clock, allocate)    clock: null or one int64 on the device, added to every step and then moved on by one
 #pragma once
 
-#include "ops.h"
+#include "args.h"
 
 namespace bnb::torch_ops {
 
@@ -26,7 +26,7 @@ template <class Device> struct OptimizerArgs : Args<Device> {
   }
   View parameter(const Tensor& p) const {
     in_place("p", p);
-    return {p.numel() ? p.mutable_data_ptr() : nullptr, this->float_type("p", type_of(p)), p.numel()};
+    return this->mutable_values("p", p);
   }
   std::span<float> floats_in_place(std::string_view argument, const Tensor& t) const {
     this->type(argument, t, ScalarType::Float);

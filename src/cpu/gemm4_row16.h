@@ -100,13 +100,14 @@ template <class Isa, class T> class IntRowGemm {
       now_ ^= 1;
       finish();
     }
+    void finish_last() { now_ ^= 1, finish(); }
+
+   private:
     BNB_INLINE void finish() {
       if (to_[now_]) add_up(lanes_[now_], unit_, to_[now_]);
       to_[now_] = nullptr;
     }
-    void finish_last() { now_ ^= 1, finish(); }
 
-   private:
     alignas(64) float lanes_[2][columns_at_once][Isa::lanes];
     float* to_[2] = {};
     int now_ = 0;
