@@ -1,5 +1,7 @@
 """4-bit parameters of any module, such as the stacked experts of a mixture, by torch.nn.utils.parametrize."""
 
+import threading
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -10,8 +12,29 @@ from torch import Tensor, nn
 from .. import functional as F
 
 
+@dataclass
+class _Read:
+    """What the forward calls of one module that are now running keep of one parameter."""
+
+    calls: int = 0  # of this module, nested in one another
+    value: Tensor | None = None
+    packed: Tensor | None = None  # and the rest: what `value` was dequantized from
+    state: F.QuantState | None = None
+    kind: tuple[int | None, bool] = (None, False)
+
+
+class _Reads(threading.local):
+    """Per thread, so that no thread sees the parameters of another one's forward."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, _Read] = {}  # by the id of the parametrization, which lives as long as its entry
+
+
+_reads = _Reads()
+
+
 class Bnb4bitParametrization(nn.Module):
-    """Dequantizes the packed parameter each time it is read."""
+    """Dequantizes the packed parameter each time it is read; within one forward of its module once."""
 
     def __init__(self, quant_state: F.QuantState) -> None:
         super().__init__()
@@ -19,15 +42,31 @@ class Bnb4bitParametrization(nn.Module):
 
     @torch.no_grad()
     def forward(self, quantized_param: Tensor) -> Tensor:
-        return F.dequantize_4bit(quantized_param, self.quant_state)
+        # A compiled graph has one dequantization of equal ones anyway.
+        read = None if torch.compiler.is_compiling() else _reads.open.get(id(self))
+        if read is None:
+            return F.dequantize_4bit(quantized_param, self.quant_state)
+        version = None if quantized_param.is_inference() else quantized_param._version
+        kind = (version, torch.is_inference_mode_enabled())
+        if (
+            read.value is None
+            or read.packed is not quantized_param
+            or read.state is not self.quant_state
+            or read.kind != kind
+        ):
+            read.value = F.dequantize_4bit(quantized_param, self.quant_state)
+            read.packed, read.state, read.kind = quantized_param, self.quant_state, kind
+        return read.value
 
 
 def _parameter(op: str, module: nn.Module, param_name: str) -> nn.Parameter:
+    name = type(module).__name__
     if not hasattr(module, param_name):
-        raise AttributeError(f"{op}: param_name is {param_name!r}, expected a parameter of {type(module).__name__}")
+        raise AttributeError(f"{op}: Module does not have parameter '{param_name}', expected one of {name}")
     parameter = getattr(module, param_name)
     if not isinstance(parameter, nn.Parameter):
-        raise TypeError(f"{op}: {param_name} is {type(parameter).__name__}, expected an instance of nn.Parameter")
+        found = type(parameter).__name__
+        raise TypeError(f"{op}: Parameter '{param_name}' is not an instance of nn.Parameter but {found}, in {name}")
     return parameter
 
 
@@ -81,22 +120,29 @@ def _install(module: nn.Module, param_name: str, packed: Tensor, state: F.QuantS
     _register_parametrization_hooks(module, param_name)
 
 
-def _enable_parametrization_cache(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    P._cache_enabled += 1
+def _open_read(module: Any, inputs: tuple[Any, ...], *, param_name: str) -> None:
+    if torch.compiler.is_compiling() or (parametrization := _parametrization(module, param_name)) is None:
+        return
+    _reads.open.setdefault(id(parametrization), _Read()).calls += 1
 
 
-def _disable_parametrization_cache(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    P._cache_enabled -= 1
-    if not P._cache_enabled:
-        P._cache = {}
+def _close_read(module: Any, inputs: tuple[Any, ...], output: Any, *, param_name: str) -> None:
+    """Runs after each forward, also one that failed; even if a hook before _open_read did, so there may be no entry."""
+    if torch.compiler.is_compiling() or (parametrization := _parametrization(module, param_name)) is None:
+        return
+    read = _reads.open.get(id(parametrization))
+    if read is not None:
+        read.calls -= 1
+        if read.calls == 0:
+            del _reads.open[id(parametrization)]
 
 
 def _register_parametrization_hooks(module: nn.Module, param_name: str) -> None:
     module.register_state_dict_post_hook(partial(_parametrized_state_dict_post_hook, param_name=param_name))
     module.register_load_state_dict_pre_hook(partial(_load_hook, param_name=param_name))
-    # Within one forward a parameter that is read twice is dequantized once.
-    module.register_forward_pre_hook(_enable_parametrization_cache)
-    module.register_forward_hook(_disable_parametrization_cache, always_call=True)
+    # always_call: activation checkpointing ends a forward by an exception.
+    module.register_forward_pre_hook(partial(_open_read, param_name=param_name), prepend=True)
+    module.register_forward_hook(partial(_close_read, param_name=param_name), always_call=True)
 
 
 def _parametrized_state_dict_post_hook(
@@ -113,8 +159,9 @@ def _parametrized_state_dict_post_hook(
         return
     key = f"{prefix}{param_name}"
     state_dict[key] = state_dict.pop(original)
-    state = _parametrization(module, param_name).quant_state
-    state_dict.update({f"{key}.{k}": v for k, v in state.as_dict(packed=True).items()})
+    parametrization = _parametrization(module, param_name)
+    assert parametrization is not None  # it has the original
+    state_dict.update({f"{key}.{k}": v for k, v in parametrization.quant_state.as_dict(packed=True).items()})
 
 
 def _load_hook(
@@ -142,10 +189,15 @@ def _load_hook(
     except ValueError as error:
         error_msgs.append(f"{key}: {error}")
         return
-    _parametrization(module, param_name).quant_state = state
+    parametrization = _parametrization(module, param_name)
+    assert parametrization is not None
+    parametrization.quant_state = state
     if original.shape != packed.shape or original.dtype != packed.dtype:
         original.data = torch.empty_like(packed, device=original.device)
 
 
-def _parametrization(module: Any, param_name: str) -> Bnb4bitParametrization:
-    return next(p for p in module.parametrizations[param_name] if isinstance(p, Bnb4bitParametrization))
+def _parametrization(module: Any, param_name: str) -> Bnb4bitParametrization | None:
+    """None once it was removed from the module, whose hooks stay."""
+    if not P.is_parametrized(module, param_name):
+        return None
+    return next((p for p in module.parametrizations[param_name] if isinstance(p, Bnb4bitParametrization)), None)
