@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 
 import pytest
@@ -18,7 +19,6 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as F
 
 ops = torch.ops.bitsandbytes
-__all__ = ["no_sync"]  # a fixture
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0, 0.4])
@@ -125,15 +125,36 @@ def test_in_a_graph(threshold: float, m: int) -> None:
             assert torch.equal(captured, linear(x))
 
 
-def test_nothing_waits_for_the_device(no_sync: None) -> None:
-    weight, scale, _ = ops.int8_vectorwise_quant(torch.randn(256, 1024, device=GPU, dtype=torch.bfloat16))
-    for m, threshold in itertools.product(BATCHES, (0.0, 6.0)):
-        x = torch.randn(m, 1024, device=GPU, dtype=torch.bfloat16)
-        ops.int8_linear(x, weight, scale, None, threshold)
-        q, rows, _ = ops.int8_vectorwise_quant(x)
-        ops.int8_mm_dequant(ops.int8_linear_matmul(q, weight), rows, scale)
-    ops.int8_double_quant(x)
-    ops.int8_vectorwise_dequant(weight, scale)
+def test_nothing_waits_for_the_device() -> None:
+    with no_sync():
+        weight, scale, _ = ops.int8_vectorwise_quant(torch.randn(256, 1024, device=GPU, dtype=torch.bfloat16))
+        for m, threshold in itertools.product(BATCHES, (0.0, 6.0)):
+            x = torch.randn(m, 1024, device=GPU, dtype=torch.bfloat16)
+            ops.int8_linear(x, weight, scale, None, threshold)
+            q, rows, _ = ops.int8_vectorwise_quant(x)
+            ops.int8_mm_dequant(ops.int8_linear_matmul(q, weight), rows, scale)
+        ops.int8_double_quant(x)
+        ops.int8_vectorwise_dequant(weight, scale)
+
+
+def test_threads_that_launch_a_kernel_with_more_and_less_shared_memory() -> None:
+    """The kernel of many rows has two sizes, with and without outliers: what it may take belongs to no one launch."""
+    weight, scale, _ = ops.int8_vectorwise_quant(torch.randn(512, 1024, device=GPU, dtype=torch.bfloat16))
+    x = torch.randn(512, 1024, device=GPU, dtype=torch.bfloat16)
+    x[:, 3] = 20
+    expected = {t: ops.int8_linear(x, weight, scale, None, t) for t in (0.0, 6.0)}
+
+    def work(threshold: float) -> bool:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            found = [ops.int8_linear(x, weight, scale, None, threshold) for _ in range(200)]
+        stream.synchronize()
+        return all(torch.equal(y, expected[threshold]) for y in found)
+
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, (0.0, 6.0, 0.0, 6.0)))
 
 
 def test_tensors_on_two_devices_are_named() -> None:

@@ -1,12 +1,10 @@
-"""Optimizers on a CUDA GPU: the bytes of the CPU, graphs, streams, and states in paged memory.
+"""Optimizers on a CUDA GPU: the bytes of the CPU, graphs and streams.
 
-./dev gpu runs these; without a GPU they are skipped, as test_cuda is. What needs none is in test_paged.py.
+./dev gpu runs these; without a GPU they are skipped, as test_cuda is. States in paged memory: test_cuda_paged.py.
 """
 
 from __future__ import annotations
 
-import copy
-import gc
 import itertools
 from typing import Any
 
@@ -20,7 +18,6 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as F
 
 ops = torch.ops.bitsandbytes
-__all__ = ["no_sync"]  # a fixture
 CLASSES = ("AdamW8bit", "AdamW", "Lion8bit", "AdEMAMix8bit", "LAMB", "LARS8bit", "RMSprop8bit", "Adagrad", "SGD8bit")
 
 
@@ -59,9 +56,9 @@ def test_views_at_any_address() -> None:
         assert_same((on_gpu, *tensors(gpu_state)), (p, *tensors(state)))
 
 
-def model(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+def model(device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = 300) -> torch.nn.Module:
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(70, 300), torch.nn.LayerNorm(300), torch.nn.Linear(300, 65)]
+    layers = [torch.nn.Linear(70, width), torch.nn.LayerNorm(width), torch.nn.Linear(width, 65)]
     return torch.nn.Sequential(*layers).to(dtype).to(device)
 
 
@@ -109,15 +106,18 @@ def test_1000_steps_of_adamw8bit() -> None:
     assert_like_the_cpu(on_gpu, on_cpu)
 
 
-def test_nothing_waits_for_the_device_or_allocates(no_sync: None) -> None:
+@pytest.mark.parametrize("name", CLASSES)
+def test_nothing_waits_for_the_device_or_allocates(name: str) -> None:
     module = model(GPU)
     set_gradients(module, 1)
-    optimizer = bnb.optim.AdamW8bit(module.parameters(), min_8bit_size=1024)
-    for _ in range(3):
-        optimizer.step()
-    held = torch.cuda.memory_reserved()
-    for _ in range(3):
-        optimizer.step()
+    momentum = {"momentum": 0.9} if name.startswith(("LARS", "SGD")) else {}
+    optimizer = getattr(bnb.optim, name)(module.parameters(), lr=1e-2, min_8bit_size=1024, **momentum)
+    with no_sync():  # the first step included, which makes the states and brings their maps
+        for _ in range(3):
+            optimizer.step()
+        held = torch.cuda.memory_reserved()
+        for _ in range(3):
+            optimizer.step()
     assert torch.cuda.memory_reserved() == held
 
 
@@ -151,9 +151,9 @@ def test_replays_of_a_graph_count_on(rule: str, bits: int) -> None:
     assert_same((on_gpu, *tensors(gpu_state)), (p, *tensors(state)))
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "AdEMAMix", "PagedAdamW"])
-def test_a_captured_step_of_a_class(name: str) -> None:
-    mine, other = model(GPU), model(torch.device("cpu"))
+def check_captured_steps(name: str, width: int = 300) -> None:
+    """One step, one captured and replayed four times: five of the CPU."""
+    mine, other = model(GPU, width=width), model(torch.device("cpu"), width=width)
     on_gpu, on_cpu = (getattr(bnb.optim, name)(m.parameters(), lr=1e-2) for m in (mine, other))
     set_gradients(mine, 0)
     on_gpu.step()
@@ -169,6 +169,11 @@ def test_a_captured_step_of_a_class(name: str) -> None:
         assert_same(found.data, expected.data)
     steps = {entry["step"] for entry in on_gpu.state_dict()["state"].values()}
     assert steps == {5}
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdEMAMix"])
+def test_a_captured_step_of_a_class(name: str) -> None:
+    check_captured_steps(name)
 
 
 def test_gradients_from_another_stream() -> None:
@@ -191,54 +196,6 @@ def test_devices_are_named() -> None:
     p, state = torch.randn(N, device=GPU), states("adam", N, 32)
     with pytest.raises(ValueError, match=r"optimizer_step: state1 is on cpu, expected cuda:0"):
         step("adam", p, torch.randn_like(p), state, 1)
-
-
-# ---- paged memory
-
-
-def test_paged_tensors() -> None:
-    before = len(F.GlobalPageManager.get_instance().paged_tensors)
-    for dtype in (*ref.FLOATS, torch.uint8):
-        x = F.get_paged(300, 70, dtype=dtype, device=GPU)
-        assert (x.shape, x.dtype, x.device, x.is_contiguous()) == ((300, 70), dtype, GPU, True)
-        assert x.is_paged and x.page_deviceid == 0 and not x.any()
-        x += 3
-        F.prefetch_tensor(x, to_cpu=True)
-        F.prefetch_tensor(x)
-        assert (x.cpu() == 3).all()
-    F.GlobalPageManager.get_instance().prefetch_all(to_cpu=True)
-    assert F.get_paged(0, 4, device=GPU).shape == (0, 4)
-    view = x[5:7]
-    del x
-    gc.collect()
-    assert len(F.GlobalPageManager.get_instance().paged_tensors) == before and (view == 3).all()
-
-
-def test_paged_memory_is_given_back() -> None:
-    """More than the host has, were it kept."""
-    for _ in range(64):
-        x = F.get_paged(1 << 30, device=GPU)
-        x[-1] = 1
-        del x
-
-
-@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lion8bit", "AdEMAMix8bit"])
-def test_paged_states_have_the_bytes_of_others(name: str) -> None:
-    p = torch.randn(400, 300, device=GPU)
-    plain, paged = torch.nn.Parameter(p.clone()), torch.nn.Parameter(p.clone())
-    optimizers = getattr(bnb.optim, name)([plain]), getattr(bnb.optim, f"Paged{name}")([paged])
-    for t in range(5):
-        for x, optimizer in zip((plain, paged), optimizers, strict=True):
-            torch.manual_seed(t)
-            x.grad = torch.randn_like(x)
-            optimizer.step()
-    mine, other = (o.state[x] for o, x in zip(optimizers, (plain, paged), strict=True))
-    assert other["state1"].is_paged and not hasattr(mine["state1"], "is_paged")
-    assert torch.equal(plain, paged) and torch.equal(mine["state1"], other["state1"])
-    saved = copy.deepcopy(optimizers[1].state_dict())
-    optimizers[1].load_state_dict(saved)
-    assert optimizers[1].state[paged]["state1"].is_paged
-    assert torch.equal(optimizers[1].state[paged]["state1"], mine["state1"])
 
 
 def test_a_handle_of_cublas() -> None:

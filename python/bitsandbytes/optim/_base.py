@@ -200,7 +200,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         if own.device == device:
             return own
         if (name, device) not in self._maps:  # states on a device share one: they are stepped together
-            self._maps[name, device] = own.to(device)
+            self._maps[name, device] = own.to(device, non_blocking=True)  # a constant need not be waited for
         return self._maps[name, device]
 
     def to_gpu(self) -> None:
