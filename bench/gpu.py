@@ -8,7 +8,9 @@ operators that they have in common, each in a process of its own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +80,16 @@ def host_microseconds(call: Callable[[], Any], batch: int = 100, batches: int = 
     return best / batch * 1e6
 
 
-def host_times(device: torch.device) -> dict[str, float]:
+def host_times(device: torch.device) -> Iterator[tuple[str, float]]:
     x = torch.randn(1, 64, device=device, dtype=torch.bfloat16)
-    found = {}
     for name, nested in (("Linear4bit 64x64", False), ("Linear4bit 64x64 nested", True)):
         layer = bnb.nn.Linear4bit(
             64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=nested
         )
         layer = layer.to(torch.bfloat16).to(device).eval()
-        found[name] = host_microseconds(lambda layer=layer: layer(x))
+        yield name, host_microseconds(lambda layer=layer: layer(x))
     plain = torch.nn.Linear(64, 64, bias=False, device=device, dtype=torch.bfloat16)
-    found["nn.Linear 64x64"] = host_microseconds(lambda: plain(x))
-    return found
+    yield "nn.Linear 64x64", host_microseconds(lambda: plain(x))
 
 
 def worker(pattern: str, duration: float, with_limits: bool) -> None:
@@ -104,8 +104,6 @@ def worker(pattern: str, duration: float, with_limits: bool) -> None:
     for own, name in (("int8_linear", "int8_linear bf16"), ("optimizer_step", "optimizer_step")):
         if not hasattr(ops, own):
             cases = [c for c in cases if not c.name.startswith(name)]
-    if with_limits:
-        cases.insert(0, gpu_cases.copy_case())
     for case in cases:
         ours = not case.name.startswith(("torch", "copy"))
         if (ours or with_limits) and (not ours or re.search(pattern, case.name)):
@@ -114,35 +112,42 @@ def worker(pattern: str, duration: float, with_limits: bool) -> None:
             except RuntimeError as error:  # the other cases count all the same
                 emit(name=case.name, error=str(error).splitlines()[0])
             torch.cuda.empty_cache()
-    emit(host=host_times(device))
+    for name, us in host_times(device):
+        emit(host={name: us})
 
 
-def measure(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
-    """Runs a worker to its end."""
-    found: dict[str, Any] = {"seconds": {}, "errors": {}}
+def nothing() -> dict[str, Any]:
+    """What a worker has found at first."""
+    return {"seconds": {}, "errors": {}, "host": {}, "info": {}}
+
+
+def measure(found: dict[str, Any], keep: Callable[[], Any], environment: dict[str, str], *arguments: str) -> None:
+    """Runs a worker to its end. `found` grows line by line, and is kept after each."""
     command = [sys.executable, "-m", "bench.gpu", "--worker", *arguments]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for text in process.stdout or ():
+            if not text.endswith("\n"):  # it died while it wrote
+                break
             line = json.loads(text)
             if "name" in line:
                 report.progress(line["name"])
                 key, value = ("seconds", line["seconds"]) if "seconds" in line else ("errors", line["error"])
                 found[key][line["name"]] = value
             else:
-                found |= line
+                for part, value in line.items():
+                    found[part] |= value
+            keep()
     report.progress("")
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
-    return found
 
 
 # ---- the report
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Of every case: time, rate, share and whether it is reached, the reference's time and the ratio."""
+    """Of every case so far: time, rate, share and whether it is reached, the reference's time and the ratio."""
     ours, reference = result["project"]["seconds"], result.get("reference", {"seconds": {}})["seconds"]
-    copy = result["cases"]["copy"]["bytes"] / ours["copy"] / 1e9
     lines = []
     for name, case in result["cases"].items():
         if name not in ours:
@@ -150,8 +155,10 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 lines.append((name, f"failed: {result['project']['errors'][name]}", *[""] * 6))
             continue
         rate = case["bytes"] / ours[name] / 1e9
-        base = copy * 1e9 / case["bytes"] if case["of"] == "copy" else 1 / ours[case["of"]]
-        share = 1 / ours[name] / base
+        of = ours.get(case["of"])  # not there yet, or failed
+        if of and case["of"] == "copy":
+            of *= case["bytes"] / result["cases"]["copy"]["bytes"]
+        share = of / ours[name] if of else None
         matmul = (
             ours.get(re.sub(r"(?:gemm_4bit|int8_linear)(.*?)( nested)?$", r"torch.matmul\1", name))
             if case["flops"]
@@ -162,8 +169,10 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 name,
                 f"{ours[name] * 1e6:.1f}",
                 f"{rate:.0f}" if not case["flops"] else f"{rate:.0f}, {case['flops'] / ours[name] / 1e12:.3g} TFLOP/s",
-                f"{share:.0%} of {case['of'].split()[0]}",
-                "" if case["reach"] is None else f"{case['reach']:.0%}: {'yes' if share >= case['reach'] else 'NO'}",
+                "" if share is None else f"{share:.0%} of {case['of'].split()[0]}",
+                ""
+                if None in (case["reach"], share)
+                else f"{case['reach']:.0%}: {'yes' if share >= case['reach'] else 'NO'}",
                 f"{matmul / ours[name]:.2f}" if matmul and not name.startswith("torch") else "",
                 f"{reference[name] * 1e6:.1f}" if name in reference else "",
                 f"{reference[name] / ours[name]:.2f}" if name in reference else "",
@@ -190,13 +199,15 @@ def flatness(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    machine, host = result["machine"], result["project"]["host"]
-    copy = result["cases"]["copy"]["bytes"] / result["project"]["seconds"]["copy"] / 1e9
+    machine, host, seconds = result["machine"], result["project"]["host"], result["project"]["seconds"]
+    copy = (
+        f"{result['cases']['copy']['bytes'] / seconds['copy'] / 1e9:.0f} GB/s" if "copy" in seconds else "not measured"
+    )
     parts = [
         f"# {machine['gpu']}",
         f"{machine['date']}, commit {machine['commit']}{', quick' if result['quick'] else ''}. {machine['sms']} "
         f"multiprocessors, {machine['l2_bytes'] >> 20} MiB of second-level cache, driver {machine['driver']}, torch "
-        f"{result['project']['info']['torch']}. Copy bandwidth, read and written: {copy:.0f} GB/s.",
+        f"{result['project']['info'].get('torch', '?')}. Copy bandwidth, read and written: {copy}.",
         "From CUDA graphs, tensors rotated through more than the cache, fastest replay. GB/s counts what must move.",
         report.table(TITLES, rows(result)),
     ]
@@ -215,7 +226,22 @@ def markdown(result: dict[str, Any]) -> str:
     parts.append(report.table(titles, host_rows))
     if "reference" not in result:
         parts.append("The released package was not there to compare with.")
+    if not result["finished"]:
+        parts.append("**Not all cases: the run had not ended when this was written.**")
     return "\n\n".join(parts) + "\n"
+
+
+def write(result: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """Writes all that is known as JSON and as a table. Files from before are replaced at once, never in parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", markdown(result))):
+        path = folder / (name + suffix)
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        part.replace(path)
+        paths.append(path)
+    return paths
 
 
 def output(*command: str) -> str:
@@ -254,30 +280,36 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu: torch finds no CUDA GPU")
     if args.worker:
-        return worker(args.filter, 0.03 if args.quick else 0.2, args.limits)
+        with contextlib.suppress(KeyboardInterrupt):  # the one that it works for says so
+            worker(args.filter, 0.03 if args.quick else 0.2, args.limits)
+        return
 
     begin = time.monotonic()
-    cases = [gpu_cases.copy_case(), *gpu_cases.all_cases()]
+    cases = gpu_cases.all_cases()
     result: dict[str, Any] = {
         "machine": machine(),
         "filter": args.filter,
         "quick": args.quick,
+        "finished": False,
         "cases": {c.name: {"bytes": c.bytes, "flops": c.flops, "of": c.of, "reach": c.reach} for c in cases},
     }
     options = [args.filter, *["--quick"] * args.quick]
-    result["project"] = measure(dict(os.environ), *options, "--limits")
-    if args.reference:
-        path = os.pathsep.join([str(args.reference.resolve()), os.environ.get("PYTHONPATH", "")])
-        result["reference"] = measure({**os.environ, "PYTHONPATH": path}, *options)
-    result["seconds_in_all"] = time.monotonic() - begin
     name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['gpu']} {args.filter} {'quick' * args.quick}".lower())
-    args.results.mkdir(parents=True, exist_ok=True)
-    table = markdown(result)
-    print(table)
-    for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".md", table)):
-        path = args.results / (name.strip("-") + suffix)
-        path.write_text(text)
-        print(f"wrote {os.path.relpath(path)}")
+    keep = functools.partial(write, result, args.results, name.strip("-"))
+    try:
+        result["project"] = nothing()
+        measure(result["project"], keep, dict(os.environ), *options, "--limits")
+        if args.reference:
+            path = os.pathsep.join([str(args.reference.resolve()), os.environ.get("PYTHONPATH", "")])
+            result["reference"] = nothing()
+            measure(result["reference"], keep, {**os.environ, "PYTHONPATH": path}, *options)
+        result["finished"] = True
+    except KeyboardInterrupt:  # as by `timeout -s INT`
+        raise SystemExit("bench.gpu: interrupted") from None
+    finally:
+        result["seconds_in_all"] = time.monotonic() - begin
+        written = keep()
+        print(markdown(result), *(f"wrote {os.path.relpath(path)}" for path in written), sep="\n")
 
 
 if __name__ == "__main__":

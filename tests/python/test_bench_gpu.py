@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +16,7 @@ import torch
 from bench import gpu, gpu_cases
 
 CPU = torch.device("cpu")
-CASES = {c.name: c for c in (gpu_cases.copy_case(), *gpu_cases.all_cases())}
+CASES = {c.name: c for c in gpu_cases.all_cases()}
 
 
 def result(**slower: float) -> dict[str, Any]:
@@ -20,6 +27,7 @@ def result(**slower: float) -> dict[str, Any]:
         "cases": {n: {"bytes": c.bytes, "flops": c.flops, "of": c.of, "reach": c.reach} for n, c in CASES.items()},
         "project": {"seconds": times, "errors": {}, "host": {"Linear4bit": 9.0}, "info": {"torch": "2"}},
         "quick": False,
+        "finished": True,
     }
 
 
@@ -89,3 +97,71 @@ def test_tensors_are_rotated_through_more_than_the_cache() -> None:
     for case in CASES.values():
         count = gpu.copies_of(case, 60 << 20)
         assert count >= 3 and (count == 64 or count * case.bytes >= 3 * (60 << 20))
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    names = list(CASES)
+    assert names[:3] == ["copy", "torch.matmul bf16 4096x14336 M=1", "gemm_4bit bf16 4096x14336 M=1"]
+    first = {start: min(i for i, n in enumerate(names) if n.startswith(start)) for start in ("quantize", "dequantize")}
+    products = [i for i, n in enumerate(names) if n.startswith("gemm_4bit bf16") and n.endswith((" M=8", " M=512"))]
+    assert len(products) == 8 and max(products) < first["quantize"] < first["dequantize"]
+    assert first["dequantize"] < names.index("adam 8-bit bf16") < names.index("gemm_4bit bf16 4096x4096 M=2")
+    plain = [gpu_cases.copy_case(), *gpu_cases.block_cases(), *gpu_cases.product_cases(), *gpu_cases.int8_cases()]
+    assert sorted(names) == sorted(c.name for c in (*plain, *gpu_cases.optimizer_cases()))
+
+
+def test_a_report_can_be_written_after_each_case() -> None:
+    given = result()
+    times, given["project"] = given["project"]["seconds"], gpu.nothing()
+    given["finished"] = False
+    for name, seconds in ((None, 0.0), *times.items()):
+        if name is not None:
+            given["project"]["seconds"][name] = seconds
+        text = gpu.markdown(given)
+        assert name is None or f"| {name} | {seconds * 1e6:.1f} |" in text
+        assert "Not all cases" in text
+    failed = result()
+    del failed["project"]["seconds"]["copy"]
+    failed["project"]["errors"]["copy"] = "no memory"
+    assert "not measured" in gpu.markdown(failed)
+
+
+INTERRUPTED = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+from bench import gpu
+sys.executable, sys.argv[1:] = sys.argv[1], ["--results", sys.argv[2]]
+gpu.machine = lambda: dict(gpu="Some GPU", date="now", commit="abc", sms=1, l2_bytes=1 << 20, driver="1")
+gpu.main()
+"""
+WORKER = r"""#!/bin/sh
+echo '{"info": {"torch": "2"}}'
+echo '{"name": "copy", "seconds": 0.001}'
+echo '{"name": "quantize_4bit nf4 bf16", "seconds": 0.001}'
+printf '{"name": "dequan'
+exec sleep 60
+"""
+
+
+def test_a_time_out_loses_nothing_that_was_measured(tmp_path: Path) -> None:
+    """As `timeout -s INT` ends it: with status 1, and with files of all cases that had ended."""
+    worker, path = tmp_path / "worker", tmp_path / "some-gpu.json"
+    worker.write_text(WORKER)
+    worker.chmod(0o755)
+    command = [sys.executable, "-c", INTERRUPTED, str(worker), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(gpu.ROOT), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        until = time.monotonic() + 120
+        while not (path.exists() and "quantize_4bit nf4 bf16" in json.loads(path.read_text())["project"]["seconds"]):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    found = json.loads(path.read_text())
+    assert list(found["project"]["seconds"]) == ["copy", "quantize_4bit nf4 bf16"] and not found["finished"]
+    table = path.with_suffix(".md").read_text()
+    assert "| quantize_4bit nf4 bf16 | 1000.0 |" in table and table in printed
+    assert not list(tmp_path.glob("*.part"))
