@@ -4,9 +4,15 @@
 #include <bnb/error.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <string>
+
+#include "device.h"
+#if __has_include(<cublasLt.h>)
+#include <cublasLt.h>  // only to check the numbers below
+#endif
 
 namespace bnb::cuda::library {
 namespace {
@@ -14,8 +20,9 @@ namespace {
 // Of cublasLt.h, cublas_api.h and library_types.h.
 enum : int { kFloat = 0, kHalf = 2, kBFloat16 = 14 };
 enum : int { kCompute32F = 68, kTransposed = 1 };
-enum : int { kDescTransA = 3, kDescEpilogue = 7, kDescBias = 8, kPreferenceWorkspace = 1 };
-enum : uint32_t { kEpilogueBias = 4 };
+enum : int { kDescTransA = 3, kDescEpilogue = 7, kDescBias = 8 };
+enum : int { kPreferWorkspace = 1, kPreferReduction = 3, kPreferAlignA = 5, kPreferAlignB, kPreferAlignC, kPreferAlignD };
+enum : uint32_t { kEpilogueBias = 4, kReduceInComputeType = 2 };
 struct Algorithm {
   uint64_t data[8];
 };
@@ -27,6 +34,22 @@ struct Heuristic {
   int reserved[4];
 };
 using Handle = void*;
+
+#if __has_include(<cublasLt.h>)
+constexpr bool same(int64_t ours, int64_t theirs) { return ours == theirs; }
+static_assert(same(kFloat, CUDA_R_32F) && same(kHalf, CUDA_R_16F) && same(kBFloat16, CUDA_R_16BF));
+static_assert(same(kCompute32F, CUBLAS_COMPUTE_32F) && same(kTransposed, CUBLAS_OP_T));
+static_assert(same(kDescTransA, CUBLASLT_MATMUL_DESC_TRANSA) && same(kDescEpilogue, CUBLASLT_MATMUL_DESC_EPILOGUE));
+static_assert(same(kDescBias, CUBLASLT_MATMUL_DESC_BIAS_POINTER) && same(kEpilogueBias, CUBLASLT_EPILOGUE_BIAS));
+static_assert(same(kPreferWorkspace, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES));
+static_assert(same(kPreferReduction, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK));
+static_assert(same(kReduceInComputeType, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+static_assert(same(kPreferAlignA, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES));
+static_assert(same(kPreferAlignB, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES));
+static_assert(same(kPreferAlignC, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES));
+static_assert(same(kPreferAlignD, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES));
+static_assert(sizeof(Algorithm) == sizeof(cublasLtMatmulAlgo_t) && sizeof(Heuristic) == sizeof(cublasLtMatmulHeuristicResult_t));
+#endif
 
 struct Api {
   int (*create)(Handle*);
@@ -80,6 +103,7 @@ Handle handle(int index) {
   static std::array<std::once_flag, kMax> created;
   if (!api() || index >= kMax) return nullptr;
   std::call_once(created[index], [&] {
+    const dev::MemoryDuringCapture allowed;  // the first call may be one that is captured
     if (api()->create(&handles[index]) != 0) handles[index] = nullptr;
   });
   return handles[index];
@@ -107,6 +131,16 @@ struct Owned {
 
 bool available(int device) { return handle(device) != nullptr; }
 
+namespace {
+
+// Of an address, up to what the library takes any address to have that is told nothing else.
+uint32_t alignment_of(const void* p) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  return static_cast<uint32_t>(std::min<uintptr_t>(256, at & -at));
+}
+
+}  // namespace
+
 // The library counts columns first: it makes y^T (n x m) = w^T^T * a^T.
 void multiply(const Product& p, int device, Stream stream) {
   const Api& lib = *api();
@@ -125,8 +159,16 @@ void multiply(const Product& p, int device, Stream stream) {
   layout(a, p.k, p.m, p.k);
   layout(y, p.n, p.m, p.pitch);
   check(p, "preference", lib.preference_create(&preference.handle));
-  const auto bytes = static_cast<size_t>(kWorkspace);
-  check(p, "preference", lib.preference_set(preference.handle, kPreferenceWorkspace, &bytes, sizeof bytes));
+  const auto prefer = [&](int attribute, const auto& value) {
+    check(p, "preference", lib.preference_set(preference.handle, attribute, &value, sizeof value));
+  };
+  const auto bytes = static_cast<uint64_t>(kWorkspace);
+  prefer(kPreferWorkspace, bytes);
+  prefer(kPreferReduction, uint32_t{kReduceInComputeType});  // parts of k are added up in fp32, never in the type of y
+  prefer(kPreferAlignA, alignment_of(p.w));
+  prefer(kPreferAlignB, alignment_of(p.a));
+  prefer(kPreferAlignC, alignment_of(p.y));
+  prefer(kPreferAlignD, alignment_of(p.y));
   Heuristic best{};
   int found = 0;
   check(p, "choice of an algorithm",

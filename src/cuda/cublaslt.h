@@ -1,4 +1,4 @@
-// A dense product by the vendor's library, opened at run time if it is there and never linked. The tests on the host bring their own.
+// A dense product by the library of the vendor, opened at run time if it is there and never linked. Tests on the host bring their own.
 #pragma once
 
 #include <bnb/cuda.h>

@@ -63,8 +63,6 @@ template <class T> BNB_DEVICE T atomic_max(T* at, T v) { return atomicMax(at, v)
 template <class T> BNB_DEVICE T atomic_min(T* at, T v) { return atomicMin(at, v); }
 template <class T> BNB_DEVICE T atomic_or(T* at, T v) { return atomicOr(at, v); }
 
-void launch_kernel(const void* kernel, const Launch& launch, void** arguments);
-
 template <class... P, class... A> void launch(const Launch& l, void (*kernel)(P...), const A&... arguments) {
   [&](P... p) {
     void* pointers[] = {static_cast<void*>(&p)...};

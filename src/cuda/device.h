@@ -42,6 +42,22 @@ std::string describe(const Launch&);  // "quantize_4bit: bf16 4096"
 // Throws Error with that description and the limit that the launch breaks.
 void check_launch(const Launch&, const Device&);
 
+// Launches a kernel of CUDA; device.cuh's launch() has its types.
+void launch_kernel(const void* kernel, const Launch&, void** arguments);
+
+// While one lives, this thread may take memory and give it back although a stream is being captured, by it or by another thread. CUDA would
+// refuse it otherwise and end the capture.
+class MemoryDuringCapture {
+ public:
+  MemoryDuringCapture();
+  ~MemoryDuringCapture();
+  MemoryDuringCapture(const MemoryDuringCapture&) = delete;
+  MemoryDuringCapture& operator=(const MemoryDuringCapture&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 // Sets memory to zero on the stream. `what` is the operation for which it is done.
 void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
 

@@ -35,9 +35,11 @@ std::string describe_panel(const Plan& p) { return "panels of " + std::to_string
 void offer_panel(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
   const int64_t size = size_of(d.a.dtype), per_16_bytes = 16 / size;
   const auto aligned = [](const void* p) { return dev::aligned(p, 16); };
-  if (d.batch_invariant || d.m < 32 || d.k < 8 || d.k % 8 != 0 || d.n % per_16_bytes != 0 || d.m > INT32_MAX || d.n > INT32_MAX) return;
+  // Asked at the first call, also of one row: a graph of many rows that is captured later then finds the library prepared.
+  const bool there = library::available(device.index);
+  if (!there || d.batch_invariant || d.m < 32 || d.k < 8 || d.k % 8 != 0 || d.n % per_16_bytes != 0 || d.m > INT32_MAX || d.n > INT32_MAX)
+    return;
   if (!aligned(d.a.data) || !aligned(d.out.data) || (d.bias.size && (d.bias.dtype != d.out.dtype || !aligned(d.bias.data)))) return;
-  if (!library::available(device.index)) return;
   const Rates rates = rates_of(device.arch);
   Plan p = {.describe = describe_panel};
   // A part of the cache's half, at least as many rows as fill the device.

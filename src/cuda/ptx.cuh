@@ -28,25 +28,26 @@ namespace bnb::cuda::dev {
 
 // ---- global memory. V: Bits<2>, Bits<4>, Bits<8> or Bits<16>
 
-#define BNB_LOAD(name, qualifiers, how)                                                                       \
-  template <class V> BNB_DEVICE V name(const void* from) {                                                    \
-    const auto at = __cvta_generic_to_global(from);                                                           \
-    V v;                                                                                                      \
-    if constexpr (sizeof(V) == 16)                                                                            \
-      asm how("ld.global" qualifiers ".v4.u32 {%0, %1, %2, %3}, [%4];"                                        \
-              : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])                            \
-              : "l"(at));                                                                                     \
-    else if constexpr (sizeof(V) == 8)                                                                        \
-      asm how("ld.global" qualifiers ".v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(at)); \
-    else if constexpr (sizeof(V) == 4)                                                                        \
-      asm how("ld.global" qualifiers ".u32 %0, [%1];" : "=r"(v.word[0]) : "l"(at));                           \
-    else                                                                                                      \
-      asm how("ld.global" qualifiers ".u16 %0, [%1];" : "=h"(v.word[0]) : "l"(at));                           \
-    return v;                                                                                                 \
+#define BNB_LOAD(name, qualifiers)                                                                        \
+  template <class V> BNB_DEVICE V name(const void* from) {                                                \
+    const auto at = __cvta_generic_to_global(from);                                                       \
+    V v;                                                                                                  \
+    if constexpr (sizeof(V) == 16)                                                                        \
+      asm("ld.global" qualifiers ".v4.u32 {%0, %1, %2, %3}, [%4];"                                        \
+          : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])                            \
+          : "l"(at));                                                                                     \
+    else if constexpr (sizeof(V) == 8)                                                                    \
+      asm("ld.global" qualifiers ".v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(at)); \
+    else if constexpr (sizeof(V) == 4)                                                                    \
+      asm("ld.global" qualifiers ".u32 %0, [%1];" : "=r"(v.word[0]) : "l"(at));                           \
+    else                                                                                                  \
+      asm("ld.global" qualifiers ".u16 %0, [%1];" : "=h"(v.word[0]) : "l"(at));                           \
+    return v;                                                                                             \
   }
-BNB_LOAD(load_const, ".nc", )                 // memory that nobody writes while the kernel runs
-BNB_LOAD(load_once, ".nc.L1::no_allocate", )  // likewise, and read by one thread only
-BNB_LOAD(load_last, ".lu", volatile)          // what will not be read again
+// Of memory that nobody writes while the kernel runs. The compiler may move these to the kernel's begin, so a kernel that is launched
+// before the one in front of it has ended (programmatic dependent launch) must not use them on what that one writes.
+BNB_LOAD(load_const, ".nc")
+BNB_LOAD(load_once, ".nc.L1::no_allocate")  // read by one thread only
 #undef BNB_LOAD
 template <class V> BNB_DEVICE V load(const void* from) {
   if constexpr (sizeof(V) == 16) return __builtin_bit_cast(V, *static_cast<const uint4*>(from));

@@ -18,6 +18,9 @@ Device emulated = {.index = 0,
 
 const Device& device() { return emulated; }
 
+MemoryDuringCapture::MemoryDuringCapture() = default;
+MemoryDuringCapture::~MemoryDuringCapture() = default;
+
 void zero_async(const char*, void* to, int64_t bytes, Stream) { std::memset(to, 0, static_cast<size_t>(bytes)); }
 
 }  // namespace dev

@@ -18,7 +18,6 @@ template <class V> V load(const void* from, Where where = Where::current()) {
 }
 template <class V> V load_const(const void* from, Where where = Where::current()) { return load<V>(from, where); }
 template <class V> V load_once(const void* from, Where where = Where::current()) { return load<V>(from, where); }
-template <class V> V load_last(const void* from, Where where = Where::current()) { return load<V>(from, where); }
 template <class V> void store(void* to, const V& v, Where where = Where::current()) {
   emulator::check_aligned(to, sizeof(V), "store", where);
   std::memcpy(to, &v, sizeof v);

@@ -5,9 +5,11 @@
 
 #include <array>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 
-#include "device.cuh"
+#include "device.h"
 
 namespace bnb::cuda {
 namespace {
@@ -35,11 +37,15 @@ int device_count() {
 void* allocate_managed(int64_t bytes) {
   if (bytes <= 0) throw Error(Errc::invalid_argument, "allocate_managed: bytes is " + std::to_string(bytes) + ", expected more than 0");
   void* memory = nullptr;
+  const dev::MemoryDuringCapture allowed;
   check("allocate_managed", cudaMallocManaged(&memory, static_cast<size_t>(bytes)));
   return memory;
 }
 
-void free_managed(void* memory) { check("free_managed", cudaFree(memory)); }
+void free_managed(void* memory) {
+  const dev::MemoryDuringCapture allowed;  // a finalizer's thread does not know what others do
+  check("free_managed", cudaFree(memory));
+}
 
 void prefetch_managed(const void* from, int64_t bytes, bool to_host, Stream stream) {
   int possible = 0, index = dev::device().index;
@@ -82,11 +88,37 @@ const Device& device() {
   return known[index];
 }
 
+MemoryDuringCapture::MemoryDuringCapture() {
+  auto mode = cudaStreamCaptureModeRelaxed;
+  check("stream capture mode", cudaThreadExchangeStreamCaptureMode(&mode));
+  before_ = mode;
+}
+
+MemoryDuringCapture::~MemoryDuringCapture() {
+  auto mode = static_cast<cudaStreamCaptureMode>(before_);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+}
+
+namespace {
+
+// Lets a kernel have all the shared memory that a block may have, once for each device: were it set to what one launch needs, a launch by
+// another thread that needs less would take it back in between.
+cudaError_t allow_all_shared(const void* kernel, const Device& d) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard lock(mutex);
+  if (allowed.contains({kernel, d.index})) return cudaSuccess;
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(d.shared_bytes));
+  if (error == cudaSuccess) allowed.insert({kernel, d.index});
+  return error;
+}
+
+}  // namespace
+
 void launch_kernel(const void* kernel, const Launch& l, void** arguments) {
-  check_launch(l, device());
-  cudaError_t error = cudaSuccess;
-  if (l.shared > kDefaultShared)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
+  const Device& on = device();
+  check_launch(l, on);
+  cudaError_t error = l.shared > kDefaultShared ? allow_all_shared(kernel, on) : cudaSuccess;
   if (error == cudaSuccess)
     error = cudaLaunchKernel(kernel, dim3(l.grid.x, l.grid.y, l.grid.z), dim3(l.threads), arguments, l.shared,
                              static_cast<cudaStream_t>(l.stream));
