@@ -165,3 +165,20 @@ def test_a_time_out_loses_nothing_that_was_measured(tmp_path: Path) -> None:
     table = path.with_suffix(".md").read_text()
     assert "| quantize_4bit nf4 bf16 | 1000.0 |" in table and table in printed
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_failures_of_a_run_that_is_cut_short_are_in_a_file(tmp_path: Path) -> None:
+    """What `./dev gpu` runs with `-p report_failures` dies here without a word after its first failure."""
+    (tmp_path / "test_it.py").write_text(
+        "import os\ndef test_a(): pass\ndef test_b(): assert 6 * 7 == 41\ndef test_c(): os._exit(3)\n"
+    )
+    failures = tmp_path / "failures.log"
+    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "BNB_FAILURES": str(failures)}
+    options = ["-p", "no:cacheprovider", "-p", "report_failures", "--rootdir", str(tmp_path), "-c", os.devnull]
+    command = [sys.executable, "-m", "pytest", *options, "-q", str(tmp_path)]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False).returncode == 3
+    text = failures.read_text()
+    assert (
+        text.startswith("==== test_it.py::test_b, call\n") and "assert (6 * 7) == 41" in text and "test_a" not in text
+    )
