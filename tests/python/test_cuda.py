@@ -326,7 +326,6 @@ import torch, bitsandbytes as bnb
 layer = bnb.nn.Linear4bit(4096, 1024, compute_dtype=torch.bfloat16, quant_type="nf4").to(torch.bfloat16).cuda()
 x = torch.randn({m}, 4096, device="cuda", dtype=torch.bfloat16)
 with torch.no_grad():
-    torch.cuda.current_blas_handle()
     layer(x[:1])  # one row, as the graph of a prompt has many
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
