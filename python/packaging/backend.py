@@ -4,6 +4,7 @@ The build takes headers and the name of a library from torch, of any version fro
 build would download the newest one, with gigabytes of CUDA, though one is there already.
 """
 
+import os
 from typing import Any
 
 from find_torch import torch_folder
@@ -30,6 +31,11 @@ __all__ = [
 
 
 def _torch() -> list[str]:
+    if os.environ.get("BNB_SKIP_CMAKE", "0").lower() not in ("", "0", "false", "off"):
+        raise SystemExit(
+            "BNB_SKIP_CMAKE is set, but this build always runs CMake; to use libraries that are built already, set "
+            "BNB_CPU_LIBRARY and BNB_CUDA_LIBRARY where the package runs"
+        )
     return [] if torch_folder() else ["torch>=2.10"]
 
 
