@@ -1,7 +1,7 @@
 """Products with quantized weights that gradients flow through: 4-bit (QLoRA, arXiv 2305.14314), whose weight is frozen,
 and int8 (LLM.int8(), arXiv 2208.07339)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -120,7 +120,7 @@ class GlobalOutlierPooler:
         return torch.tensor(sorted(self.outliers), dtype=torch.int64)
 
 
-@dataclass
+@dataclass(eq=False)
 class MatmulLtState:
     """What int8 products know about their weight.
 
@@ -145,6 +145,9 @@ class MatmulLtState:
     has_fp16_weights = True
     use_pool = False
 
+    # CB and SCB as a layer last put them here
+    _shown: tuple[Any, Any] = field(default=(None, None), init=False, repr=False, compare=False)
+
     _deprecated_fields = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
 
     def __getattr__(self, name: str) -> None:
@@ -153,20 +156,41 @@ class MatmulLtState:
             return None
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MatmulLtState):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
     def reset_grads(self) -> None:
         """Forgets the quantized weight."""
         self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
+        self._shown = None, None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.device == b.device and torch.equal(a, b)
+    return a is b or bool(a == b)
+
+
+def quantized_rows(B: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes and scales of floats."""
+    CB, SCB, _ = _ops.int8_vectorwise_quant.default(single(B.detach()))
+    return CB, SCB
 
 
 def int8_weight(op: str, B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
     """The codes and scales of a weight. Floats are quantized: now, or once if the state says so."""
+    SCB = state.SCB  # read once: another thread may use the state too
     CB = B if B.dtype == torch.int8 else None if state.has_fp16_weights else state.CB
-    if CB is None or (state.SCB is None and CB is not B):
-        state.CB, state.SCB, _ = _ops.int8_vectorwise_quant.default(single(B.detach()))
-        CB = state.CB
-    if state.SCB is None:
+    if CB is None or (SCB is None and CB is not B):
+        CB, SCB = quantized_rows(B)
+        state.CB, state.SCB = CB, SCB
+    if SCB is None:
         raise ValueError(f"{op}: state.SCB is None, expected the scales of B, which has dtype int8")
-    return CB, state.SCB
+    return CB, SCB
 
 
 def _dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,10 +10,10 @@ from .. import _checks as check
 from .. import functional as F
 from ..functional.blockwise import scales
 from ..optim import GlobalOptimManager
-from .linear import weight_and_state
+from .linear import is_tied, weight_and_state
 from .params import Int8Params, Params4bit
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("bitsandbytes.nn.modules")  # by the public name, which programs silence
 
 _lookup = torch.nn.functional.embedding
 
@@ -101,12 +101,15 @@ class Embedding8bit(torch.nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        SCB = weight.SCB
+        if is_tied(weight, self.num_embeddings, self.embedding_dim):
+            return _lookup(input, weight).to(self.dtype)
+        CB, SCB = getattr(weight, "CB", None), getattr(weight, "SCB", None)
         if SCB is None:
             raise RuntimeError(
                 "Embedding8bit: weight is not quantized, expected .to(device) to be called on the layer first"
             )
-        return (_lookup(input, weight.data) * (_lookup(input, SCB.view(-1, 1)) / 127)).to(self.dtype)
+        rows = _lookup(input, weight.data if CB is None else CB)
+        return (rows * (_lookup(input, SCB.view(-1, 1)) / 127)).to(self.dtype)
 
 
 class Embedding4bit(torch.nn.Embedding):
@@ -163,6 +166,8 @@ class Embedding4bit(torch.nn.Embedding):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_tied(self.weight, self.num_embeddings, self.embedding_dim):
+            return _lookup(input, self.weight).to(self.dtype)
         weight, state = weight_and_state(self)
         if self.embedding_dim % (state.blocksize or 64) == 0:
             return self._forward_with_partial_dequantize(input)

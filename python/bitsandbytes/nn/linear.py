@@ -1,5 +1,7 @@
 """Linear layers over quantized weights."""
 
+import logging
+import threading
 from typing import Any
 
 import torch
@@ -9,9 +11,13 @@ from .. import _checks as check
 from ..autograd._functions import MatMul4Bit
 from ..functional import QuantState
 from ..functional.fourbit import gemm_4bit
-from .params import Params4bit
+from .params import Int8Params, Params4bit
 
+logger = logging.getLogger("bitsandbytes.nn.modules")  # by the public name, which programs silence
+
+_casting = threading.Lock()  # of the threads that found a bias in another dtype
 _grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 
 
 def weight_and_state(module: Any) -> tuple[Tensor, QuantState]:
@@ -26,6 +32,31 @@ def weight_and_state(module: Any) -> tuple[Tensor, QuantState]:
         name = type(module).__name__
         raise RuntimeError(f"{name}: weight is not quantized, expected .to(device) to be called on the layer first")
     return weight, state
+
+
+def bias_in(dtype: torch.dtype, bias: Tensor) -> Tensor:
+    """A bias in the dtype of a product. A parameter is cast for good, unless a transform or a graph sees it."""
+    if dtype not in check.FLOATS:
+        return bias  # the operator names the input
+    seen = _is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if type(bias) is torch.nn.Parameter and not seen:
+        with _casting, torch.inference_mode(False):
+            if bias.dtype is not dtype:
+                bias.data = bias.data.to(dtype)
+        return bias
+    return bias.to(dtype)
+
+
+def is_tied(weight: Tensor, rows: int, columns: int) -> bool:
+    """Whether a layer took over the weight of a layer of floats; packed floats, as FSDP has them, are one column."""
+    own = isinstance(weight, (Params4bit, Int8Params))
+    return not own and weight.is_floating_point() and weight.shape == (rows, columns)
+
+
+def linear_of_floats(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ W^T + bias with a weight that is tied to a layer of floats, in the dtype of the weight; y is like x."""
+    bias = None if bias is None else bias.to(weight.dtype)
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
@@ -45,8 +76,8 @@ class Linear4bit(torch.nn.Linear):
 
     Args:
         input_features, output_features: K and N.
-        compute_dtype: dtype of the product; by default that of the first input, where an fp64 one counts as fp32, and
-            an fp16 one settles nothing.
+        compute_dtype: dtype of the product; by default that of the first input, where an fp64 one counts as fp32.
+            After an fp16 one each product has the dtype of its input.
         compress_statistics: quantize the scales of the blocks too.
         quant_type: "fp4" or "nf4".
         quant_storage: dtype that packed bytes are stored as.
@@ -82,30 +113,48 @@ class Linear4bit(torch.nn.Linear):
         self.compute_type_is_set = compute_dtype is not None
         self.quant_state: QuantState | None = None
         self.quant_storage = quant_storage
+        self.support_avx512bf16_for_cpu = False  # the weight keeps its layout on every machine
 
     def set_compute_type(self, x: Tensor) -> None:
-        """Settles compute_dtype by an input; fp16 leaves it open, and is then computed in fp16."""
+        """Settles compute_dtype by an input; fp16 leaves it as it is, with a warning if that is not a fast one."""
         if x.dtype in (torch.float32, torch.bfloat16, torch.float64):
             self.compute_dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
-            self.compute_type_is_set = True
+        elif x.dtype == torch.float16 and self.compute_dtype in (None, torch.float32) and not _is_compiling():
+            slow = "inference" if x.numel() == x.shape[-1] else "inference or training speed"
+            logger.warning(
+                "Input type into Linear4bit is torch.float16, but bnb_4bit_compute_dtype=torch.float32 (default). "
+                f"This will lead to slow {slow}."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         # The dicts of torch.nn.Module, since going through its __getattr__ would cost as much as the product of a
         # small layer.
         parameters: dict[str, Any] = self._parameters
         weight: Any = parameters.get("weight")
-        state: Any = weight.quant_state if type(weight) is Params4bit else None
+        try:
+            state: Any = weight.quant_state if type(weight) is Params4bit else None
+        except AttributeError:  # deleted
+            state = None
         if state is None:
+            weight = self.weight
+            if is_tied(weight, self.out_features, self.in_features):
+                return linear_of_floats(x, weight, self.bias)
             weight, state = weight_and_state(self)
         if not self.compute_type_is_set:
             self.set_compute_type(x)
+            self.compute_type_is_set = True
         dtype = x.dtype
-        compute_dtype = self.compute_dtype or dtype
+        compute_dtype = self.compute_dtype
+        if compute_dtype is None:
+            compute_dtype = torch.float32 if dtype is torch.float64 else dtype
         if dtype is not compute_dtype:
             x = x.to(compute_dtype)
-        bias = parameters.get("bias") if "bias" in parameters else self.bias  # under FSDP it is a plain attribute
+        try:
+            bias: Any = parameters["bias"]
+        except KeyError:  # a plain attribute, under wrappers
+            bias = self.bias
         if bias is not None and bias.dtype is not compute_dtype:
-            bias = bias.to(compute_dtype)
+            bias = bias.to(compute_dtype) if dtype is torch.float64 else bias_in(compute_dtype, bias)
         if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             y = MatMul4Bit.apply(x, weight, None, bias, state)
         else:

@@ -1,6 +1,7 @@
 """Linear layers over int8 weights (LLM.int8(), arXiv 2208.07339)."""
 
 import copy
+import threading
 from typing import Any
 
 import torch
@@ -8,12 +9,18 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import _ops_int8
-from ..autograd._functions import MatMul8bitLt, MatmulLtState, int8_weight
+from ..autograd._functions import MatMul8bitLt, MatmulLtState, quantized_rows
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
-from .params import Int8Params
+from .linear import bias_in, is_tied, linear_of_floats
+from .params import Int8Params, same_memory
 
 _grad_enabled = torch.is_grad_enabled
+_in_dynamo = torch.compiler.is_dynamo_compiling
+_float64 = torch.float64
 _int8_linear = torch.ops.bitsandbytes.int8_linear.default
+_agreeing = threading.Lock()  # of the threads that found a weight and its state changed; it is not held in a product
+
+_NOT_QUANTIZED = "Loading a quantized checkpoint into non-quantized Linear8bitLt is not supported"
 
 
 def _tile_offsets(layout: str) -> Tensor:
@@ -104,55 +111,117 @@ class Linear8bitLt(torch.nn.Linear):
         self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
 
     def init_8bit_state(self) -> None:
-        """Shows the codes and scales of the weight in the state too."""
-        weight = self.weight
-        if getattr(weight, "SCB", None) is not None:
-            self.state.CB, self.state.SCB = weight.CB, weight.SCB
+        """Makes weight and state agree: codes and scales that were given to the weight count, or those that were given
+        to the state. What the weight has is shown in the state, what it handed over stays there."""
+        weight, state = self.weight, self.state
+        CB, SCB = getattr(weight, "CB", None), getattr(weight, "SCB", None)
+        if weight.is_floating_point() and (CB is None or state.has_fp16_weights):
+            return
+        if CB is not None and (not isinstance(CB, Tensor) or CB.dtype != torch.int8):
+            found = f"has dtype {CB.dtype}" if isinstance(CB, Tensor) else f"is {type(CB).__name__}"
+            raise TypeError(f"{type(self).__name__}: weight.CB {found}, expected int8 codes or None")
+        shown_CB, shown_SCB = state._shown
+        replaced = (CB is not None and CB is not shown_CB) or (SCB is not None and SCB is not shown_SCB)
+        if not replaced and isinstance(weight, Int8Params):
+            if state.CB is not None and state.CB is not shown_CB:
+                weight.CB = state.CB
+                if CB is None:
+                    weight.CB = None
+                CB = state.CB
+            if state.SCB is not None and state.SCB is not shown_SCB:
+                if SCB is not None:
+                    weight.SCB = state.SCB
+                SCB = state.SCB
+        if CB is None:
+            CB = weight.data if state.CB is None or not same_memory(state.CB, weight) else state.CB
+        SCB = state.SCB if SCB is None else SCB
+        state._shown = CB, SCB
+        state.CB, state.SCB = CB, SCB
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.init_8bit_state()
         super()._apply(fn, recurse)
+        weight, state = self.weight, self.state
+        if weight.dtype == torch.int8 and not weight.is_meta:
+            state.CB = None  # that of the moved data
+            if state.SCB is not None:
+                state.SCB = state.SCB.to(weight.device)
         self.init_8bit_state()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         # The dicts of torch.nn.Module, as its __getattr__ would cost as much as the product of a small layer.
         parameters: dict[str, Any] = self._parameters
-        weight: Any = parameters.get("weight")
-        if weight is None:  # a plain attribute, under wrappers
-            weight = self.weight
-        bias = parameters.get("bias") if "bias" in parameters else self.bias
+        try:
+            weight: Any = parameters["weight"]
+            bias: Any = parameters["bias"]
+        except KeyError:  # plain attributes, under wrappers
+            weight, bias = self.weight, self.bias
         state = self.state
         state.is_training = self.training
         dtype = x.dtype
-        if dtype == torch.float64:
+        if dtype is _float64:
             x = x.float()
-        if bias is not None and bias.dtype == torch.float64:
-            bias = bias.float()
-        SCB = weight.SCB if type(weight) is Int8Params else None
-        if SCB is None or SCB is not state.SCB or state.CB is None:
-            SCB = self._prepare(weight)
+            if bias is not None and bias.dtype is _float64:
+                bias = bias.float()
+        elif bias is not None and bias.dtype is not dtype:
+            bias = bias_in(dtype, bias)
+        SCB = CB = None
+        if type(weight) is Int8Params:
+            if _in_dynamo():
+                SCB, CB = weight.SCB, state.CB
+            else:
+                known = weight.__dict__
+                SCB, CB = known.get("SCB"), known.get("CB")
+        if SCB is None or SCB is not state.SCB or CB is not state.CB:
+            weight, SCB = self._prepare(weight)
+            if SCB is None:
+                y = self._multiply_floats(x, weight, bias)
+                return y if dtype is not _float64 else y.double()
         if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             y = MatMul8bitLt.apply(x, weight, None, bias, state)
-        elif SCB is None:
-            y = _int8_linear(x, *int8_weight("Linear8bitLt", weight, state), bias, state.threshold)
         else:
             y = _int8_linear(x, weight, SCB, bias, state.threshold)
-        return y if dtype != torch.float64 else y.double()
+        return y if dtype is not _float64 else y.double()
 
-    def _prepare(self, weight: Tensor) -> Tensor | None:
-        """Makes the state follow the weight, which was changed; its scales are returned, None for floats."""
+    def _prepare(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight to multiply with and its scales, None for floats, where weight or state were changed."""
         state = self.state
-        if weight.is_floating_point():
-            state.reset_grads()
-        elif getattr(weight, "SCB", None) is not None:
-            self.init_8bit_state()
-        elif state.SCB is None:
+        if weight.is_floating_point() and (state.has_fp16_weights or getattr(weight, "CB", None) is None):
+            return weight, None
+        if not _in_dynamo():
+            with _agreeing:
+                self.init_8bit_state()
+        SCB = getattr(weight, "SCB", None)
+        SCB = state.SCB if SCB is None else SCB
+        if SCB is None:
             raise RuntimeError("Linear8bitLt: weight.SCB is None, expected the scales of a weight of dtype int8")
-        return state.SCB
+        if weight.is_meta and state.CB is not None:  # only the codes were given
+            weight = state.CB
+        return weight, SCB
+
+    def _multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With a weight that learns or was never moved, quantized now; one tied to another layer is used as it is."""
+        state = self.state
+        if not state.has_fp16_weights and is_tied(weight, self.out_features, self.in_features):
+            return linear_of_floats(x, weight, bias)
+        if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+            now = MatmulLtState()  # of this call: other threads have their own
+            now.threshold = state.threshold
+            y = MatMul8bitLt.apply(x, weight, None, bias, now)
+            CB, SCB = now.CB, now.SCB
+        else:
+            CB, SCB = quantized_rows(weight)
+            y = _int8_linear(x, CB, SCB, bias, state.threshold)
+        state.CB, state.SCB = CB, SCB
+        return y
 
     def __getstate__(self) -> dict[str, Any]:
+        self.init_8bit_state()
         state = copy.copy(self.state)
-        state.CB = state.SCB = None  # those of the weight, which a pickle would store twice
+        state.CB, state._shown = None, (None, None)  # the weight's, which a pickle would store twice
+        if getattr(self.weight, "SCB", None) is not None or self.weight.is_floating_point():
+            state.SCB = None
         return {**self.__dict__, "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -160,6 +229,7 @@ class Linear8bitLt(torch.nn.Linear):
         self.init_8bit_state()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.init_8bit_state()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.weight
         SCB = self.state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
@@ -189,7 +259,10 @@ class Linear8bitLt(torch.nn.Linear):
             return
         weight: Any = state_dict.get(key)
         SCB: Any = state_dict.get(scales_key)
+        self.init_8bit_state()
         if not isinstance(weight, Tensor) or torch.int8 not in (weight.dtype, self.weight.dtype):
+            if SCB is not None:
+                error_msgs.append(f"{scales_key}: {_NOT_QUANTIZED}: the weight is floats, expected no scales")
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
         if weight is not stored:
@@ -219,7 +292,10 @@ class Linear8bitLt(torch.nn.Linear):
         if weight.dtype != torch.int8:
             return f"its dtype is {weight.dtype}, expected torch.int8 for a quantized layer"
         if not assign and self.weight.dtype != torch.int8:
-            return "its dtype is torch.int8, expected a layer that was quantized by .to(device) first, or assign=True"
+            found = "its dtype is torch.int8"
+            return (
+                f"{_NOT_QUANTIZED}: {found}, expected a layer that was quantized by .to(device) first, or assign=True"
+            )
         if not isinstance(SCB, Tensor) or SCB.shape != shape[:1]:
             found = f"has shape {tuple(SCB.shape)}" if isinstance(SCB, Tensor) else "is missing"
             return f"SCB {found}, expected {self.out_features} scales"

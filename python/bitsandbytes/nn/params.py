@@ -35,8 +35,15 @@ class _QuantizedParameter(torch.nn.Parameter):
     def _with_data(self, data: Tensor) -> Self:
         """A parameter around `data` that knows what this one knows."""
         new = Tensor._make_subclass(type(self), data, self.requires_grad)
-        new.__dict__.update(self.__dict__)
+        new._learn(self._knowledge())
         return new
+
+    def _learn(self, knowledge: dict[str, Any]) -> None:
+        self.__dict__.update(knowledge)
+
+    def _knowledge(self) -> dict[str, Any]:
+        """What goes with every copy: the attributes without those that are made from the data."""
+        return self.__dict__.copy()
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As Tensor.to. The first move to a real device quantizes, in place. After it a dtype is ignored."""
@@ -52,7 +59,7 @@ class _QuantizedParameter(torch.nn.Parameter):
         # meta device would destroy it: the state stays where it is, so that the weight can come back.
         if device.type != "meta":
             self._move_state(new.data)
-            new.__dict__.update(self.__dict__)
+            new._learn(self._knowledge())
         return new
 
     def _to_be_quantized(self) -> bool:
@@ -96,16 +103,16 @@ class _QuantizedParameter(torch.nn.Parameter):
             return memo[id(self)]
         new = self._with_data(copy.deepcopy(self.data, memo))
         memo[id(self)] = new
-        for key, value in self.__dict__.items():
+        for key, value in self._knowledge().items():
             # The module is copied only if it is what is being copied; a parameter alone keeps its module.
             new.__dict__[key] = memo.get(id(value), value) if key == "module" else copy.deepcopy(value, memo)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self), self.data, self.requires_grad), self.__dict__.copy()
+        return _rebuild, (type(self), self.data, self.requires_grad), self._knowledge()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self._learn(state)
 
 
 _SPLITS: tuple[Callable[..., Any], ...] = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
@@ -246,6 +253,10 @@ for _name, _path in {
     setattr(Params4bit, _name, _fsdp_property(_name, _path))
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.device == b.device
+
+
 class Int8Params(_QuantizedParameter):
     """A matrix that becomes int8 with one fp32 scale per row when it first moves to a device (LLM.int8(), arXiv
     2208.07339).
@@ -256,6 +267,9 @@ class Int8Params(_QuantizedParameter):
         CB: the int8 codes, in place of `data`.
         SCB: max |x| of each row: x = CB * SCB / 127.
         kwargs: ignored, so that Int8Params(data, **other.__dict__) always works.
+
+    CB shows the data once that is int8, in the memory of the data. Both CB and SCB can be assigned, also in __dict__:
+    codes become the data; None, or deleting one, hands it over to a MatmulLtState, and the data keeps the codes.
     """
 
     has_fp16_weights: bool
@@ -275,14 +289,74 @@ class Int8Params(_QuantizedParameter):
         self = Tensor._make_subclass(cls, data, requires_grad and data.dtype != torch.int8)
         self.SCB = SCB
         self.has_fp16_weights = has_fp16_weights
+        self._show()
         return self
 
+    # CB lives in __dict__ as a view of the data, and in _shown when the two agree: another object in CB was written by
+    # somebody, the same one over other memory is out of date.
+
     @property
-    def CB(self) -> Tensor | None:
+    def CB(self) -> Any:
         """The int8 codes, which are the data, once quantized."""
-        return self.data if self._is_quantized() else None
+        self._settle()
+        try:
+            return self.__dict__["CB"]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'CB'") from None
+
+    @CB.setter
+    def CB(self, codes: Any) -> None:
+        if self._can_hold(codes):
+            self.requires_grad = False
+            self.data = codes
+        self.__dict__["CB"] = self.__dict__["_shown"] = codes
+
+    @CB.deleter
+    def CB(self) -> None:
+        try:
+            del self.__dict__["CB"]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'CB'") from None
+
+    def _can_hold(self, codes: Any) -> bool:
+        """Whether `codes` are such, and the data neither are floats that learn nor on the meta device alone."""
+        if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.is_meta != self.is_meta:
+            return False
+        return self.data.dtype == torch.int8 or not self.has_fp16_weights
+
+    def _show(self) -> None:
+        self.__dict__["CB"] = self.__dict__["_shown"] = self.data if self.data.dtype == torch.int8 else None
+
+    def _settle(self) -> None:
+        """Makes CB and the data agree after one of them was replaced."""
+        known = self.__dict__
+        codes = known.get("CB")
+        if codes is None:
+            return
+        written = codes is not known.get("_shown")
+        if written:
+            self.CB = codes
+        elif self._can_hold(codes) and not same_memory(codes, self):
+            self._show()
+
+    def _knowledge(self) -> dict[str, Any]:
+        self._settle()
+        known = self.__dict__.copy()
+        codes = known.pop("CB", None)
+        if not self._can_hold(codes):
+            known["CB"] = codes
+        known.pop("_shown", None)
+        return known
+
+    def _learn(self, knowledge: dict[str, Any]) -> None:
+        super()._learn(knowledge)
+        if "CB" in knowledge:
+            self.__dict__["_shown"] = knowledge["CB"]
+        else:
+            self._show()
 
     def _is_quantized(self) -> bool:
+        self._settle()
         return self.data.dtype == torch.int8
 
     def _to_be_quantized(self) -> bool:
@@ -292,7 +366,12 @@ class Int8Params(_QuantizedParameter):
         codes, self.SCB, _ = F.int8_vectorwise_quant(self.data.to(device))
         self.requires_grad = False
         self.data = codes
+        self._show()
         return self
 
     def _move_state(self, data: Tensor) -> None:
-        self.SCB = None if self.SCB is None else self.SCB.to(data.device)
+        known = self.__dict__
+        if known.get("SCB") is not None:
+            self.SCB = known["SCB"].to(data.device)
+        if known.get("CB") is not None:
+            known["CB"] = known["_shown"] = data
