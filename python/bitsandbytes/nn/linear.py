@@ -27,10 +27,14 @@ def weight_and_state(module: Any) -> tuple[Tensor, QuantState]:
         RuntimeError: there is none, as the layer never moved to a device.
     """
     weight = module.weight
-    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    state = getattr(weight, "quant_state", None)
     if state is None:
-        name = type(module).__name__
-        raise RuntimeError(f"{name}: weight is not quantized, expected .to(device) to be called on the layer first")
+        state = getattr(module, "quant_state", None)
+        if state is None:
+            name = type(module).__name__
+            raise RuntimeError(f"{name}: weight is not quantized, expected .to(device) to be called on the layer first")
+        if isinstance(weight, Params4bit):
+            weight.quant_state = state
     return weight, state
 
 

@@ -1,10 +1,16 @@
-"""Prints as JSON which public attributes of parameters, states and layers can be read, written and deleted. It runs
-with this package and with the released one, whose answers test_nn_attributes.py compares."""
+"""Writes attributes.json: which public attributes of parameters, states and layers can be read, written and deleted in
+the released package 0.50.2.
+
+pip install bitsandbytes==0.50.2, in a virtual environment of its own; then, with its interpreter:
+python tests/golden/make_attributes.py tests/golden/attributes.json
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +19,7 @@ import bitsandbytes as bnb
 
 
 def quant_state() -> Any:
-    packed, state = bnb.functional.quantize_4bit(torch.randn(8, 64), compress_statistics=True, quant_type="nf4")
-    del packed
-    return state
+    return bnb.functional.quantize_4bit(torch.randn(8, 64), compress_statistics=True, quant_type="nf4")[1]
 
 
 def used(layer: Any) -> Any:
@@ -65,7 +69,8 @@ def outcome(make: Callable[[], Any], name: str, act: Callable[[Any, str], Any]) 
     return "works"
 
 
-def main() -> None:
+def describe() -> dict[str, dict[str, dict[str, str]]]:
+    """By kind of object, attribute, and what is done to it: "works", or the type of the error."""
     found: dict[str, Any] = {}
     for kind, (base, make) in OBJECTS.items():
         example = make()
@@ -73,7 +78,9 @@ def main() -> None:
         names = {n for n in {*dir(example), *vars(example)} - known if not n.startswith("_")}
         names = {n for n in names if not callable(getattr(type(example), n, None)) or n in vars(example)}
         found[kind] = {n: {way: outcome(make, n, act) for way, act in WAYS.items()} for n in sorted(names)}
-    print(json.dumps(found))
+    return found
 
 
-main()
+if __name__ == "__main__":
+    lines = json.dumps(describe(), separators=(",", ":")).replace('}},"', '}},\n"')
+    Path(sys.argv[1]).write_text(lines + "\n")
