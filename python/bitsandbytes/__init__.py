@@ -33,6 +33,8 @@ __all__ = [
 # What other projects look at to see that a GPU is not needed, and on which devices they may run.
 features = {"multi_backend"}
 supported_torch_devices = {"cpu", "cuda", "xpu", "hpu", "npu", "mps"}
+# What pdoc leaves out.
+__pdoc__ = {"libbitsandbytes": False, "optim.optimizer.Optimizer8bit": False, "optim.optimizer.MockArgs": False}
 
 
 def _version() -> str:
@@ -49,7 +51,10 @@ def _version() -> str:
 def _import_backends() -> None:
     """Loads what other packages register for the group bitsandbytes.backends: functions that register kernels."""
     for entry_point in importlib.metadata.entry_points(group="bitsandbytes.backends"):
-        entry_point.load()()
+        try:
+            entry_point.load()()
+        except Exception as error:
+            raise RuntimeError(f"bitsandbytes: failed to load backend {entry_point.name}: {error}") from error
 
 
 __version__ = _version()

@@ -61,6 +61,33 @@ class MemoryDuringCapture {
 // Sets memory to zero on the stream. `what` is the operation for which it is done.
 void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
 
+// Device memory of one call: had and given back in the order of the stream, so that nothing waits. None for 0 bytes.
+class StreamMemory {
+ public:
+  StreamMemory(const char* what, int64_t bytes, Stream stream);
+  ~StreamMemory();
+  StreamMemory(const StreamMemory&) = delete;
+  StreamMemory& operator=(const StreamMemory&) = delete;
+  template <class T> T* as() const { return static_cast<T*>(data_); }
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;  // aligned to 256
+  Stream stream_;
+};
+
+// Makes a device the current one of this thread while it lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int index);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
 
 }  // namespace bnb::cuda::dev

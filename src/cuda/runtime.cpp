@@ -130,5 +130,20 @@ void zero_async(const char* what, void* to, int64_t bytes, Stream stream) {
   check(what, cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
 }
 
+StreamMemory::StreamMemory(const char* what, int64_t bytes, Stream stream) : stream_(stream) {
+  if (bytes > 0) check(what, cudaMallocAsync(&data_, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+}
+StreamMemory::~StreamMemory() {
+  if (data_ && cudaFreeAsync(data_, static_cast<cudaStream_t>(stream_)) != cudaSuccess) cudaGetLastError();
+}
+
+DeviceScope::DeviceScope(int index) {
+  check("current device", cudaGetDevice(&before_));
+  if (index != before_) check("current device", cudaSetDevice(index));
+}
+DeviceScope::~DeviceScope() {
+  if (cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
+}
+
 }  // namespace dev
 }  // namespace bnb::cuda

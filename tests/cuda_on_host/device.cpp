@@ -1,9 +1,21 @@
 // The host's side of the device layer for the emulated device.
 #include "../../src/cuda/device.cuh"
 
+#include <bnb/error.h>
+
+#include <new>
+
 namespace bnb::cuda {
 
 int device_count() { return 1; }
+
+// Memory of the host, which nothing needs to move.
+void* allocate_managed(int64_t bytes) {
+  if (bytes <= 0) throw Error(Errc::invalid_argument, "allocate_managed: bytes is " + std::to_string(bytes) + ", expected more than 0");
+  return operator new(static_cast<size_t>(bytes));
+}
+void free_managed(void* memory) { operator delete(memory); }
+void prefetch_managed(const void*, int64_t, bool, Stream) {}
 
 namespace dev {
 
@@ -22,6 +34,19 @@ MemoryDuringCapture::MemoryDuringCapture() = default;
 MemoryDuringCapture::~MemoryDuringCapture() = default;
 
 void zero_async(const char*, void* to, int64_t bytes, Stream) { std::memset(to, 0, static_cast<size_t>(bytes)); }
+
+constexpr std::align_val_t kAlign{256};
+StreamMemory::StreamMemory(const char*, int64_t bytes, Stream stream) : stream_(stream) {
+  if (bytes <= 0) return;
+  data_ = operator new(static_cast<size_t>(bytes), kAlign);
+  std::memset(data_, 0xff, static_cast<size_t>(bytes));  // NaN
+}
+StreamMemory::~StreamMemory() { operator delete(data_, kAlign); }
+
+DeviceScope::DeviceScope(int index) {
+  if (index != emulated.index) throw Error(Errc::unsupported, "current device: " + std::to_string(index) + ", expected 0");
+}
+DeviceScope::~DeviceScope() = default;
 
 }  // namespace dev
 }  // namespace bnb::cuda

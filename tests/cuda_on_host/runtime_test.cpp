@@ -22,6 +22,8 @@ std::atomic<bool> captured = false;  // by some thread
 std::mutex mutex;
 std::map<std::pair<const void*, int>, int> allowed;  // bytes of shared memory
 std::atomic<int> settings = 0;
+constexpr size_t kMostMemory = 1 << 20;
+std::map<void*, cudaStream_t> streams;  // of memory that is in use
 
 cudaError_t takes_memory() { return captured && mode != cudaStreamCaptureModeRelaxed ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
 
@@ -51,6 +53,23 @@ cudaError_t cudaMemPrefetchAsync(const void*, size_t, cudaMemLocation, unsigned,
 #else
 cudaError_t cudaMemPrefetchAsync(const void*, size_t, int, cudaStream_t) { return cudaSuccess; }
 #endif
+// Memory of a stream may be had while one is captured: it becomes a part of the graph.
+cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t stream) {
+  if (bytes > kMostMemory) return *memory = nullptr, cudaErrorMemoryAllocation;
+  *memory = std::malloc(bytes);
+  streams[*memory] = stream;
+  return cudaSuccess;
+}
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+  if (const auto found = streams.find(memory); found == streams.end() || found->second != stream) return cudaErrorInvalidValue;
+  streams.erase(memory);
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device > 1) return cudaErrorInvalidDevice;
+  return current = device, cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) { return std::swap(mode, *other), cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
@@ -113,6 +132,35 @@ TEST(CudaRuntime, MemoryIsTakenAndFreedWhileAThreadCaptures) {
   EXPECT_EQ(mode, cudaStreamCaptureModeGlobal);
   captured = false;
   EXPECT_THROW(allocate_managed(0), Error);
+}
+
+TEST(CudaRuntime, MemoryOfACallGoesBackToItsStream) {
+  captured = true;
+  int stream = 0;
+  {
+    const dev::StreamMemory some("test", 64, &stream), none("test", 0, &stream);
+    EXPECT_EQ(streams.at(some.data()), reinterpret_cast<cudaStream_t>(&stream));
+    EXPECT_EQ(none.data(), nullptr);
+  }
+  EXPECT_TRUE(streams.empty());
+  captured = false;
+  try {
+    const dev::StreamMemory much("an operation", int64_t{1} << 40, nullptr);
+    FAIL() << "there is no such memory";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), Errc::out_of_memory);
+    EXPECT_TRUE(std::string(e.what()).starts_with("an operation: ")) << e.what();
+  }
+}
+
+TEST(CudaRuntime, TheCurrentDeviceIsAsBefore) {
+  {
+    const dev::DeviceScope other(1);
+    EXPECT_EQ(current, 1);
+    EXPECT_THROW(dev::DeviceScope(7), Error);
+    EXPECT_EQ(current, 1);
+  }
+  EXPECT_EQ(current, 0);
 }
 
 }  // namespace

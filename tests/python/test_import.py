@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from process import QUANTIZE_ONE, run_python
 
 import bitsandbytes
+from bitsandbytes.cextension import NativeFunctions, _check_complete
 
 PACKAGE = Path(bitsandbytes.__file__).parent
 
@@ -85,10 +87,52 @@ def broken() -> dict[str, bytes | None]:
         "garbage": b"\x7fELF" + bytes(range(256)) * 40,
         "truncated": library[: len(library) // 2],
         "a text": b"not a library\n",
+        "truncated without sections": without_sections(library)[: end_of_segments(library) // 2],
     }
 
 
-@pytest.fixture(params=["missing", "empty", "garbage", "truncated", "a text"])
+def without_sections(library: bytes) -> bytes:
+    """As a strip of section headers leaves it: what is loaded is described by segments alone."""
+    (sections,) = struct.unpack_from("<Q", library, 40)
+    header = bytearray(library[:64])
+    struct.pack_into("<Q", header, 40, 0)
+    struct.pack_into("<HHH", header, 58, 64, 0, 0)
+    return bytes(header) + library[64:sections]
+
+
+def end_of_segments(library: bytes) -> int:
+    (table,), (size, count) = struct.unpack_from("<Q", library, 32), struct.unpack_from("<HH", library, 54)
+    segments = [struct.unpack_from("<IIQQQQ", library, table + i * size) for i in range(count)]
+    return max(offset + in_file for kind, _, offset, _, _, in_file in segments if kind == 1)
+
+
+def test_a_file_without_section_headers_is_complete_if_its_segments_are(tmp_path: Path) -> None:
+    library = without_sections((PACKAGE / "libbitsandbytes_cpu.so").read_bytes())
+    path, end = tmp_path / "lib.so", end_of_segments(library)
+    path.write_bytes(library[:end])
+    _check_complete(path)
+    assert NativeFunctions(path).has_avx512f_cpu() in (False, True)
+    for cut in (end - 1, end // 2, 4096, 100, 64):  # inside the last segment, an earlier one, the table of segments
+        path.write_bytes(library[:cut])
+        with pytest.raises(OSError, match=rf"it ends at byte {cut} of \d+"):
+            _check_complete(path)
+
+
+def test_headers_that_lie_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lib.so"
+    library = (PACKAGE / "libbitsandbytes_cpu.so").read_bytes()
+    for at, value, reason in (
+        (32, b"\xff" * 8, "it ends at byte"),  # the table of segments lies far behind the end
+        (56, b"\0\0", "it has nothing to load"),  # no segments
+        (54, b"\x08\0", "it has nothing to load"),  # segments of 8 bytes
+        (4, b"\x01", "it is not a shared library"),  # of 32 bits
+    ):
+        path.write_bytes(library[:at] + value + library[at + len(value) :])
+        with pytest.raises(OSError, match=reason):
+            _check_complete(path)
+
+
+@pytest.fixture(params=["missing", "empty", "garbage", "truncated", "a text", "truncated without sections"])
 def broken_package(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return package_copy(tmp_path, broken()[request.param])
 
@@ -165,11 +209,17 @@ def test_top_level_names() -> None:
 
 
 def test_entry_points_are_loaded(tmp_path: Path) -> None:
-    """A package that registers for the group bitsandbytes.backends is called on import."""
-    (tmp_path / "their_backend.py").write_text("def register():\n    print('registered')\n")
+    """A package that registers for the group bitsandbytes.backends is called on import. If it fails, it is named."""
+    source = (
+        "def register():\n    print('registered')\n    if 'FAIL' in __import__('os').environ: raise KeyError('oh')\n"
+    )
+    (tmp_path / "their_backend.py").write_text(source)
     info = tmp_path / "their_backend-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-backend\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[bitsandbytes.backends]\ntheirs = their_backend:register\n")
     run = run_python("import bitsandbytes", PYTHONPATH=str(tmp_path))
     assert run.returncode == 0 and run.stdout.strip() == "registered", run.stderr
+    run = run_python("import bitsandbytes", PYTHONPATH=str(tmp_path), FAIL="1")
+    assert run.returncode == 1 and "KeyError: 'oh'\n" in run.stderr
+    assert run.stderr.splitlines()[-1] == "RuntimeError: bitsandbytes: failed to load backend theirs: 'oh'"

@@ -52,7 +52,7 @@ def nearest_codes(t: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     return codes.to(torch.uint8)
 
 
-def refuse_without(library: BNBNativeLibrary | ErrorHandlerMockBNBNativeLibrary, native: Native) -> None:
+def refuse_without(library: BNBNativeLibrary, native: Native) -> None:
     """If the library could not be loaded, its operators raise the sentence that says why."""
     if isinstance(library, ErrorHandlerMockBNBNativeLibrary):
         for name in native.missing():

@@ -22,9 +22,19 @@ from .fourbit import (
     quantize_fp4,
     quantize_nf4,
 )
-from .helpers import get_ptr, has_avx512bf16, is_on_gpu
+from .helpers import (
+    _cuda_device_of,
+    _get_tensor_stream,
+    _mul,
+    elementwise_func,
+    fill,
+    get_ptr,
+    has_avx512bf16,
+    is_on_gpu,
+)
 from .int8 import (
     batched_igemm,
+    check_matmul,
     igemm,
     int8_double_quant,
     int8_linear_matmul,
@@ -33,7 +43,14 @@ from .int8 import (
     int8_vectorwise_quant,
 )
 from .optim import optimizer_update_8bit_blockwise, optimizer_update_32bit
-from .paged import FIRST_CUDA_DEVICE, CUBLAS_Context, GlobalPageManager, get_paged, prefetch_tensor
+from .paged import (
+    FIRST_CUDA_DEVICE,
+    CUBLAS_Context,
+    Cusparse_Context,
+    GlobalPageManager,
+    get_paged,
+    prefetch_tensor,
+)
 from .quant_state import QuantState
 from .sparse import (
     COOSparseTensor,
@@ -52,11 +69,16 @@ __all__ = [
     "CSCSparseTensor",
     "CSRSparseTensor",
     "CUBLAS_Context",
+    "Cusparse_Context",
     "GlobalPageManager",
     "QuantState",
     "_convert_weight_packed_for_cpu",
     "_convert_weight_packed_for_cpu_inverse",
+    "_cuda_device_of",
+    "_get_tensor_stream",
+    "_mul",
     "batched_igemm",
+    "check_matmul",
     "coo2csc",
     "coo2csr",
     "coo_zeros",
@@ -70,6 +92,8 @@ __all__ = [
     "dequantize_fp4",
     "dequantize_nf4",
     "dequantize_no_absmax",
+    "elementwise_func",
+    "fill",
     "gemv_4bit",
     "get_4bit_type",
     "get_paged",
@@ -98,6 +122,8 @@ __all__ = [
     "spmm_coo_very_sparse",
     "unpack_tensor_to_dict",
 ]
+
+C = 127.0  # the largest code of LLM.int8()
 
 # Pickles of a QuantState name its public home, which the released package knows too.
 QuantState.__module__ = __name__

@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import deprecated
 
 from .. import _checks as check
 from .blockwise import fill
 
 _ops = torch.ops.bitsandbytes
+_DEPRECATED = "This function is deprecated and will be removed in a future release."
 
 
 def single(A: Tensor) -> Tensor:
@@ -132,12 +134,18 @@ def int8_mm_dequant(
 
 
 def _check_product(
-    op: str, A: Tensor, B: Tensor, out: Tensor | None, transposed_A: bool, transposed_B: bool
+    op: str,
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None,
+    transposed_A: bool,
+    transposed_B: bool,
+    dtype: torch.dtype = torch.int8,
 ) -> torch.Size:
     """Checks the operands of igemm and batched_igemm, and returns the shape of the result."""
     for name, value in (("A", A), ("B", B)):
         check.tensor(op, name, value)
-        check.dtype(op, name, value, torch.int8)
+        check.dtype(op, name, value, dtype)
         if value.dim() not in (2, 3):
             raise ValueError(f"{op}: {name} has {value.dim()} dimensions, expected 2 or 3")
     check.same_device(op, A.device, B=B)
@@ -164,6 +172,29 @@ def _product(A: Tensor, B: Tensor, transposed_A: bool, transposed_B: bool) -> Te
     return _ops.int8_linear_matmul.default(rows, B if transposed_B else B.t())
 
 
+@deprecated(_DEPRECATED, category=FutureWarning)
+def check_matmul(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None,
+    transposed_A: bool,
+    transposed_B: bool,
+    expected_type: torch.dtype = torch.int8,
+) -> torch.Size:
+    """Deprecated. The shape of igemm's result.
+
+    Raises:
+        TypeError: A or B has another type.
+        ValueError: sizes that do not fit, or an out of another shape.
+    """
+    if A.dtype != expected_type or B.dtype != expected_type:
+        raise TypeError(f"Expected {expected_type} input tensors A and B, but got {A.dtype} and {B.dtype}")
+    summed = A.dim() == B.dim() == 3 and out is not None and out.dim() == 2
+    op = "igemm" if summed else "check_matmul"
+    return _check_product(op, A, B, out, transposed_A, transposed_B, expected_type)
+
+
+@deprecated(_DEPRECATED, category=FutureWarning)
 def igemm(
     A: Tensor,
     B: Tensor,
@@ -171,7 +202,7 @@ def igemm(
     transposed_A: bool = False,
     transposed_B: bool = False,
 ) -> Tensor:
-    """A @ B of int8 matrices; exact, in int32.
+    """Deprecated. A @ B of int8 matrices; exact, in int32.
 
     Args:
         A: [M, K], or [batch, M, K].
@@ -191,6 +222,7 @@ def igemm(
     return result if out is None else out.copy_(result)
 
 
+@deprecated(_DEPRECATED, category=FutureWarning)
 def batched_igemm(
     A: Tensor,
     B: Tensor,
@@ -198,7 +230,7 @@ def batched_igemm(
     transposed_A: bool = False,
     transposed_B: bool = False,
 ) -> Tensor:
-    """A [batch, M, K] @ B [batch, K, N] of int8 matrices, one by one; exact, in int32. Otherwise as igemm.
+    """Deprecated. A [batch, M, K] @ B [batch, K, N] of int8 matrices, one by one; exact, in int32. Otherwise as igemm.
 
     Raises:
         ValueError, TypeError: a wrong argument, which the message names.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..cextension import CUDA, BNBNativeLibrary, cuda_lib
+from ..cextension import CUDA, CudaBNBNativeLibrary, cuda_lib, lib
 
 FIRST_CUDA_DEVICE = torch.device("cuda", 0)
 
 
 def _operators(op: str) -> Any:
     """The operators of the CUDA library, if it is there."""
-    if isinstance(cuda_lib, BNBNativeLibrary):
+    if isinstance(cuda_lib, CudaBNBNativeLibrary):
         return torch.ops.bitsandbytes
     reason = "this torch has no CUDA" if cuda_lib is None else f"{CUDA.path} is not usable"
     raise RuntimeError(f"{op}: paged memory needs CUDA, and {reason}")
@@ -101,8 +101,9 @@ class _Single:
     @classmethod
     def get_instance(cls) -> Any:
         if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance.initialize()
+            instance = cls.__new__(cls)
+            instance.initialize()
+            cls._instance = instance
         return cls._instance
 
 
@@ -134,3 +135,10 @@ class CUBLAS_Context(_Single):
         """That of a CUDA device and its current stream."""
         with torch.cuda.device(device):
             return ct.c_void_p(torch.cuda.current_blas_handle())
+
+
+class Cusparse_Context(_Single):
+    """A handle for the C functions that take one; they need none."""
+
+    def initialize(self) -> None:
+        self.context = ct.c_void_p(lib.get_cusparse())

@@ -1,12 +1,59 @@
 """AdEMAMix (Pagliardini et al. 2024, arXiv 2409.03137)."""
 
-from collections.abc import Iterable
-from typing import Literal
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 
 from ._variants import fixed
 from .optimizer import Optimizer2State
+
+
+class _ReferenceAdEMAMix(torch.optim.Optimizer):
+    """AdEMAMix in plain torch, in the dtype of the parameters. State: m1_m2 of shape (2, *p.shape), and nu."""
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        t_beta3: int | None = None,
+        t_alpha: int | None = None,
+    ) -> None:
+        numbers = {"lr": lr, "betas": betas, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, numbers | {"t_beta3": t_beta3, "t_alpha": t_alpha})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have gradients; the loss of the closure is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            t = group["step"] = group.get("step", 0) + 1
+            beta1, beta2, beta3 = group["betas"]
+            alpha = group["alpha"] * (1 if group["t_alpha"] is None else min(1, t / group["t_alpha"]))
+            if group["t_beta3"] is not None:  # the half-life grows linearly from that of beta1
+                part, ln1, ln3 = t / group["t_beta3"], math.log(beta1), math.log(beta3)
+                beta3 = min(beta3, math.exp(ln1 * ln3 / ((1 - part) * ln3 + part * ln1)))
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, g = self.state[p], p.grad
+                if not state:
+                    state.update(m1_m2=p.new_zeros((2, *p.shape)), nu=torch.zeros_like(p))
+                (m1, m2), v = state["m1_m2"], state["nu"]
+                m1.lerp_(g, 1 - beta1)
+                m2.lerp_(g, 1 - beta3)
+                v.lerp_(g * g, 1 - beta2)
+                update = (m1 / (1 - beta1**t) + alpha * m2) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+                p.sub_(group["lr"] * (update + group["weight_decay"] * p))
+        return loss
 
 
 class AdEMAMix(Optimizer2State):
