@@ -17,10 +17,14 @@ from typing import Any, NoReturn
 import torch
 
 from ._ops import SCHEMAS
+from .consts import DYNAMIC_LIBRARY_SUFFIX as DYNAMIC_LIBRARY_SUFFIX
+from .consts import PACKAGE_DIR
+from .cuda_specs import CUDASpecs
+from .cuda_specs import get_cuda_specs as get_cuda_specs
+from .cuda_specs import get_cuda_version_tuple as get_cuda_version_tuple
+from .cuda_specs import get_rocm_gpu_arch as get_rocm_gpu_arch
 
 logger = logging.getLogger(__name__)
-
-PACKAGE_DIR = Path(__file__).parent
 
 HIP_ENVIRONMENT = False
 ROCM_GPU_ARCH = "unknown"
@@ -223,7 +227,7 @@ def _check_complete(path: Path) -> None:
         raise OSError("it has nothing to load")
 
 
-def get_cuda_bnb_library_path(cuda_specs: Any) -> Path:
+def get_cuda_bnb_library_path(cuda_specs: CUDASpecs) -> Path:
     """The library for GPUs: BNB_CUDA_LIBRARY, or libbitsandbytes_cuda<version>.so if BNB_CUDA_VERSION names a version
     (BNB_ROCM_VERSION with ROCm: libbitsandbytes_rocm<version>.so), or the one that is made for all versions of CUDA,
     whatever the CUDASpecs are.
