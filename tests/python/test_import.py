@@ -12,7 +12,7 @@ import torch
 from process import QUANTIZE_ONE, run_python
 
 import bitsandbytes
-from bitsandbytes.cextension import NativeFunctions, _check_complete
+from bitsandbytes.cextension import _check_complete
 
 PACKAGE = Path(bitsandbytes.__file__).parent
 
@@ -111,7 +111,8 @@ def test_a_file_without_section_headers_is_complete_if_its_segments_are(tmp_path
     path, end = tmp_path / "lib.so", end_of_segments(library)
     path.write_bytes(library[:end])
     _check_complete(path)
-    assert NativeFunctions(path).has_avx512f_cpu() in (False, True)
+    run = run_python(QUANTIZE_ONE, BNB_CPU_LIBRARY=str(path))
+    assert run.returncode == 0 and not run.stderr
     for cut in (end - 1, end // 2, 4096, 100, 64):  # inside the last segment, an earlier one, the table of segments
         path.write_bytes(library[:cut])
         with pytest.raises(OSError, match=rf"it ends at byte {cut} of \d+"):
