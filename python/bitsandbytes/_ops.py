@@ -21,6 +21,7 @@ _BLOCKWISE = "Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dt
 _GEMV = "Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize"
 _GEMM = "Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type"
 _LINEAR = "Tensor A, Tensor B, Tensor absmax, int layout, Tensor? bias"
+_NESTED_SCALES = "Tensor absmax_8bit, Tensor absmax_code, Tensor absmax_offset"
 _NESTED = "Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None"
 
 # Part of the public contract: backends of other projects implement exactly these.
@@ -39,7 +40,10 @@ SCHEMAS = {
     # Not part of it: gemm_4bit as Linear4bit calls it, with linear_4bit_layout for what it has in five arguments. Each
     # argument, also one that is absent, takes its time.
     "linear_4bit": f"({_LINEAR}=None) -> Tensor",
-    "linear_4bit.nested": f"({_LINEAR}, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax_offset) -> Tensor",
+    "linear_4bit.nested": f"({_LINEAR}, {_NESTED_SCALES}) -> Tensor",
+    # Below autograd: for callers that looked at derivatives_wanted() of _derivatives.py, as the others do themselves.
+    "linear_4bit.forward": f"({_LINEAR}=None) -> Tensor",
+    "linear_4bit.nested_forward": f"({_LINEAR}, {_NESTED_SCALES}) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -267,6 +271,8 @@ def linear_4bit_layout(shape: Any, blocksize: Any, quant_type: Any) -> int | Non
 
 @register_fake("bitsandbytes::linear_4bit")
 @register_fake("bitsandbytes::linear_4bit.nested")
+@register_fake("bitsandbytes::linear_4bit.forward")
+@register_fake("bitsandbytes::linear_4bit.nested_forward")
 def _(A: torch.Tensor, B: torch.Tensor, absmax: torch.Tensor, layout: int, *rest: Any) -> torch.Tensor:
     shape, blocksize, quant_type = read_linear_4bit_layout(layout)
     check_gemm_4bit(A, B, shape, absmax, blocksize, quant_type, *rest, op="linear_4bit")

@@ -8,7 +8,10 @@ from torch.library import register_fake
 
 from . import _checks as check
 
-# Part of the public contract, but for int8_linear, which is the whole forward of a layer in one call.
+_LINEAR = "Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0."
+
+# Part of the public contract, but for int8_linear, which is the whole forward of a layer in one call; its overload
+# `forward` is below autograd, as those of linear_4bit are.
 SCHEMAS = {
     "int8_vectorwise_quant": "(Tensor A, float threshold=0.) -> (Tensor, Tensor, Tensor?)",
     "int8_vectorwise_dequant": "(Tensor A, Tensor stats) -> Tensor",
@@ -25,7 +28,8 @@ SCHEMAS = {
         "(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, Tensor? bias=None)"
         " -> (Tensor, Tensor?)"
     ),
-    "int8_linear": "(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.) -> Tensor",
+    "int8_linear": f"({_LINEAR}) -> Tensor",
+    "int8_linear.forward": f"({_LINEAR}) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -250,6 +254,7 @@ def _(
 
 
 @register_fake("bitsandbytes::int8_linear")
+@register_fake("bitsandbytes::int8_linear.forward")
 def _(
     A: torch.Tensor,
     CB: torch.Tensor,

@@ -220,6 +220,7 @@ template <class Device> void register_int8(torch::stable::detail::StableLibrary&
   m.impl("int8_scaled_mm", Boxed<int8_scaled_mm<Device>>::call);
   m.impl("int8_mixed_scaled_mm", Boxed<int8_mixed_scaled_mm<Device>>::call);
   m.impl("int8_linear", Boxed<int8_linear<Device>>::call);
+  m.impl("int8_linear.forward", Boxed<int8_linear<Device>>::call);
 }
 
 }  // namespace bnb::torch_ops

@@ -238,6 +238,8 @@ template <class Device> void register_kernels(torch::stable::detail::StableLibra
   m.impl("gemm_4bit", Boxed<gemm_4bit<Device>>::call);
   m.impl("linear_4bit", Boxed<linear_4bit<Device>>::call);
   m.impl("linear_4bit.nested", Boxed<linear_4bit<Device, Tensor, Tensor, Tensor>>::call);
+  m.impl("linear_4bit.forward", Boxed<linear_4bit<Device>>::call);
+  m.impl("linear_4bit.nested_forward", Boxed<linear_4bit<Device, Tensor, Tensor, Tensor>>::call);
 }
 
 }  // namespace bnb::torch_ops

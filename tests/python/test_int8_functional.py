@@ -270,6 +270,8 @@ def test_matmul_keeps_a_weight_that_is_not_to_learn() -> None:
     kept = state.CB
     ref.assert_bits(bnb.matmul(a, b, state=state), first)
     ref.assert_bits(bnb.matmul(a, state.CB, state=state), first)
+    for other in (state.CB.t(), torch.zeros(2, 2), None):  # CB of the state is the weight, whatever else is given
+        ref.assert_bits(bnb.matmul(a, other, state=state), first)
     assert state.CB is kept
     state.reset_grads()
     assert state.CB is None and state.SCB is None

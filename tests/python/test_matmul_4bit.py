@@ -108,6 +108,39 @@ def test_matmul_4bit_out() -> None:
         assert torch.equal(out, bnb.matmul_4bit(x, packed.t(), state))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
+@pytest.mark.parametrize("flat", [False, True])
+def test_weight_that_was_quantized_from_its_transpose(dtype: torch.dtype, nested: bool, flat: bool) -> None:
+    """A @ W of a state [K, N], as in the released package; a square one is [N, K]."""
+    packed, state = F.quantize_4bit(torch.randn(64, 96).to(dtype), quant_type="nf4", compress_statistics=nested)
+    w = F.dequantize_4bit(packed, state).double()
+    packed = packed.t() if flat else packed
+    x = torch.randn(2, 5, 64).to(dtype).requires_grad_()
+    bias = torch.randn(96).to(dtype).requires_grad_()
+    out, seed = torch.empty(2, 5, 96, dtype=dtype), torch.randn(2, 5, 96).to(dtype)
+    with pytest.warns(DeprecationWarning, match=r"quantized from a \[K, N\] tensor .*shape=\[64, 96\]"):
+        y = bnb.matmul_4bit(x, packed, state, bias=bias)
+        assert bnb.matmul_4bit(x.detach(), packed, state, out=out, bias=bias.detach()) is out
+    assert torch.equal(out, y)
+    assert y.dtype == dtype and ref.relative_error(y, x.double() @ w + bias.double()) < 2 * MAX_ERROR[dtype]
+    y.backward(seed)
+    assert ref.relative_error(x.grad, seed.double() @ w.t()) < 2 * MAX_ERROR[dtype]
+    assert ref.relative_error(bias.grad, seed.double().sum((0, 1))) < 2 * MAX_ERROR[dtype]
+    assert bnb.matmul_4bit(x[:, :0], packed, state).shape == (2, 0, 96)
+
+
+def test_square_and_wrong_shapes_are_not_taken_for_a_transpose(recwarn: pytest.WarningsRecorder) -> None:
+    packed, state = F.quantize_4bit(torch.randn(64, 64), quant_type="nf4")
+    x = torch.randn(3, 64)
+    w = F.dequantize_4bit(packed, state).double()
+    assert ref.relative_error(bnb.matmul_4bit(x, packed, state), x.double() @ w.t()) < 1e-6
+    packed, state = F.quantize_4bit(torch.randn(64, 96), quant_type="nf4")
+    with pytest.raises((ValueError, RuntimeError), match=r"4bit: A \S+ .*32"):
+        bnb.matmul_4bit(torch.randn(3, 32), packed, state)
+    assert not recwarn.list
+
+
 # ---- gradients
 
 

@@ -1,6 +1,7 @@
 """Products with quantized weights that gradients flow through: 4-bit (QLoRA, arXiv 2305.14314), whose weight is frozen,
 and int8 (LLM.int8(), arXiv 2208.07339)."""
 
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -9,15 +10,16 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import _checks as check
+from .._derivatives import derivatives_wanted
 from .._ops_int8 import as_rows, check_threshold
 from ..functional.blockwise import fill, scales
 from ..functional.deprecated import warn_once
-from ..functional.fourbit import gemm_4bit
+from ..functional.fourbit import dequantize_4bit, gemm_4bit
 from ..functional.int8 import single
 from ..functional.quant_state import QuantState
 
 _ops = torch.ops.bitsandbytes
-_int8_linear = _ops.int8_linear.default
+_int8_forward = _ops.int8_linear.forward
 
 
 class MatMul4Bit(torch.autograd.Function):
@@ -69,12 +71,13 @@ def matmul_4bit(
     Args:
         A: [..., K]; fp32, fp16 or bf16. Products are summed in fp32, and y has the dtype of A.
         B: the packed weight, or its transpose (packed.t()).
-        quant_state: of a weight of shape [N, K].
+        quant_state: of a weight of shape [N, K]. One of [K, N] is deprecated: it is dequantized for A @ W + bias, with
+            a DeprecationWarning.
         out: optional tensor to receive y.
         bias: N values.
 
     Returns:
-        [..., N]. Differentiable in A and bias.
+        [..., N]. Differentiable in A and bias, forward and backward and by torch.func.
 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong argument, which the message names.
@@ -84,10 +87,35 @@ def matmul_4bit(
     check.tensor("matmul_4bit", "A", A)
     check.tensor("matmul_4bit", "B", B)
     check.state("matmul_4bit", quant_state)
-    if torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
+    if _is_transposed(A, quant_state.shape):
+        y = _transposed_product(A, B, quant_state, bias)
+    elif _learns(A, bias) and not derivatives_wanted():
         return MatMul4Bit.apply(A, B, out, bias, quant_state)
-    y = gemm_4bit(A, B, quant_state, bias)
+    else:
+        y = gemm_4bit(A, B, quant_state, bias)
     return y if out is None else fill("matmul_4bit", "out", out, y)
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_transposed(A: Tensor, shape: Any) -> bool:
+    """Whether a weight of this shape fits A as [K, N] and not as [N, K]."""
+    return shape is not None and len(shape) == 2 and A.dim() > 0 and shape[0] == A.shape[-1] != shape[1]
+
+
+def _transposed_product(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:
+    shape = quant_state.shape or ()
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"matmul_4bit: weight was quantized from a [K, N] tensor (quant_state.shape={list(shape)}, A has shape "
+            f"{tuple(A.shape)}), expected [N, K]: quantize weight.t(); this is slow and will be an error.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    weight = dequantize_4bit(B.t() if B.dim() == 2 and B.shape[0] == 1 else B, quant_state).to(A.dtype)
+    return torch.nn.functional.linear(A, weight.t(), None if bias is None else bias.to(A.dtype))
 
 
 class GlobalOutlierPooler:
@@ -193,8 +221,10 @@ def int8_weight(op: str, B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tenso
     return CB, SCB
 
 
-def _dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
-    return _ops.int8_vectorwise_dequant.default(CB, SCB).to(dtype)
+def _dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype, B: Tensor | None = None) -> Tensor:
+    """The weight that is multiplied with. Its derivative by B, floats that were rounded to it, is 1."""
+    weight = _ops.int8_vectorwise_dequant.default(CB, SCB).to(dtype)
+    return weight if B is None else weight + (B - B.detach()).to(dtype)
 
 
 class _Int8Product(torch.autograd.Function):
@@ -204,8 +234,10 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def keep(ctx: Any, A: Tensor, B: Tensor, out: Tensor | None, bias: Tensor | None, *weight: Tensor) -> None:
         """Keeps what the backward pass needs; the activations only if the weight learns."""
-        ctx.save_for_backward(A if ctx.needs_input_grad[1] else None)
+        learns = ctx.needs_input_grad[1]
+        ctx.save_for_backward(A if learns else None)
         ctx.weight = weight  # not saved: it may have been made under inference_mode
+        ctx.B = B if learns else None  # not saved: it may change before the backward pass
         ctx.A_dtype, ctx.B_dtype = A.dtype, B.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         if out is not None:
@@ -218,7 +250,8 @@ class _Int8Product(torch.autograd.Function):
         rows = as_rows(grad)
         grad_A = grad_B = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_A = torch.matmul(grad, _dequantized(CB, SCB, grad.dtype)).to(ctx.A_dtype)
+            B = ctx.B if torch.is_grad_enabled() else None  # for a second derivative
+            grad_A = torch.matmul(grad, _dequantized(CB, SCB, grad.dtype, B)).to(ctx.A_dtype)
         if ctx.needs_input_grad[1]:
             grad_B = (rows.t() @ as_rows(A)).to(ctx.B_dtype)
         if ctx.needs_input_grad[3]:
@@ -240,7 +273,7 @@ class MatMul8bitLt(_Int8Product):
     ) -> Tensor:
         CB, SCB = int8_weight("MatMul8bitLt", B, state := state or MatmulLtState())
         _Int8Product.keep(ctx, A, B, out, bias, CB, SCB)
-        return fill("matmul", "out", out, _int8_linear(A, CB, SCB, bias, state.threshold))
+        return fill("matmul", "out", out, _int8_forward(A, CB, SCB, bias, state.threshold))
 
 
 class MatMul8bitFp(_Int8Product):
@@ -261,6 +294,54 @@ class MatMul8bitFp(_Int8Product):
         return fill("matmul", "out", out, torch.nn.functional.linear(A, _dequantized(CB, SCB, A.dtype), bias))
 
 
+class _LearnedInt8Product(torch.autograd.Function):
+    """y = A @ W^T + bias with codes CB and scales SCB of a float B, which learns: for forward mode and torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(A: Tensor, B: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+        return _ops.int8_linear.default(A, CB, SCB, bias, threshold)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        A, B, CB, SCB, bias, _ = inputs
+        ctx.save_for_backward(A, B, CB, SCB, bias)
+        ctx.save_for_forward(A, B, CB, SCB, bias)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        A, B, CB, SCB, bias = ctx.saved_tensors
+        (grad,) = grads
+        grad_A = grad_B = grad_bias = None
+        if grad is not None:
+            if ctx.needs_input_grad[0]:
+                grad_A = torch.matmul(grad, _dequantized(CB, SCB, grad.dtype, B))
+            if ctx.needs_input_grad[1]:
+                grad_B = (as_rows(grad).t() @ as_rows(A)).to(B.dtype)
+            if bias is not None and ctx.needs_input_grad[4]:
+                grad_bias = as_rows(grad).sum(0, dtype=bias.dtype)
+        return grad_A, grad_B, None, None, grad_bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        A, B, CB, SCB, _ = ctx.saved_tensors
+        of_A, of_B, _, _, of_bias, _ = tangents
+        y = A.new_zeros((*A.shape[:-1], CB.shape[0]))
+        if of_A is not None:
+            y = y + torch.matmul(of_A, _dequantized(CB, SCB, A.dtype, B).t())
+        if of_B is not None:
+            y = y + torch.matmul(A, of_B.to(A.dtype).t())
+        return y if of_bias is None else y + of_bias.to(A.dtype)
+
+
+def int8_product(A: Tensor, B: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """matmul with a float B and all derivatives."""
+    CB, SCB = quantized_rows(B)
+    return _LearnedInt8Product.apply(A, B, CB, SCB, bias, threshold)
+
+
 def matmul(
     A: Tensor,
     B: Tensor,
@@ -275,18 +356,19 @@ def matmul(
         A: [..., K]; fp32, fp16 or bf16, and so is y, [..., N]. fp64 is computed in fp32.
         B: [N, K]: floats, or int8 codes whose scales are in state.SCB.
         out: optional tensor to receive y.
-        state: of the weight. By default B is floats, and is quantized for this product.
+        state: of the weight. By default B is floats, and is quantized for this product. If the state has CB and not
+            has_fp16_weights, CB is the weight, whatever B is.
         threshold: above 0 it becomes that of the state: columns of A with |x| >= threshold are computed as floats.
         bias: N values.
 
     Returns:
-        [..., N]. Differentiable in A, bias, and B if it is floats.
+        [..., N]. Differentiable in A, bias, and B if it is floats, forward and backward and by torch.func; a derivative
+        passes through the rounding of A and B.
 
     Raises:
         ValueError, TypeError, RuntimeError: a wrong argument, which the message names.
     """
     check.tensor("matmul", "A", A)
-    check.tensor("matmul", "B", B)
     if bias is not None:
         check.tensor("matmul", "bias", bias)
     check_threshold("matmul", threshold)
@@ -296,6 +378,9 @@ def matmul(
         raise TypeError(f"matmul: state is {type(state).__name__}, expected a MatmulLtState")
     if threshold > 0.0:
         state.threshold = threshold
+    if state.CB is not None and not state.has_fp16_weights and not getattr(B, "requires_grad", False):
+        B = state.CB
+    check.tensor("matmul", "B", B)
     check.dtype("matmul", "B", B, *check.FLOATS, torch.float64, torch.int8)
     if A.dim() == 0 or B.dim() != 2 or B.shape[1] != A.shape[-1]:
         raise ValueError(
@@ -304,8 +389,14 @@ def matmul(
     if A.dtype == torch.float64:
         return matmul(A.float(), B, out, state, 0.0, bias).double()
     bias = None if bias is None else single(bias)
-    learns = A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
-    if learns and torch.is_grad_enabled():
+    if derivatives_wanted():
+        # No state is written: under torch.func tensors do not outlive their transform.
+        if B.is_floating_point() and (state.has_fp16_weights or state.CB is None or B.requires_grad):
+            y = int8_product(A, B, bias, state.threshold)
+        else:
+            y = _ops.int8_linear.default(A, *int8_weight("matmul", B, state), bias, state.threshold)
+    elif _learns(A, B, bias):
         return MatMul8bitLt.apply(A, B, out, bias, state)
-    y = _int8_linear(A, *int8_weight("matmul", B, state), bias, state.threshold)
+    else:
+        y = _int8_forward(A, *int8_weight("matmul", B, state), bias, state.threshold)
     return y if out is None else fill("matmul", "out", out, y)

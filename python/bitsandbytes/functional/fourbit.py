@@ -1,6 +1,7 @@
 """4-bit block-wise quantization: NF4 and FP4 (QLoRA, arXiv 2305.14314)."""
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .. import _checks as check
@@ -11,9 +12,10 @@ from .quant_state import QuantState
 
 _ops = torch.ops.bitsandbytes
 _gemm_4bit = _ops.gemm_4bit.default
-_linear_4bit = _ops.linear_4bit.default
-_linear_4bit_nested = _ops.linear_4bit.nested
+_linear_4bit = _ops.linear_4bit.forward
+_linear_4bit_nested = _ops.linear_4bit.nested_forward
 _is_compiling = torch.compiler.is_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
 _plain_tensors = torch._C.DisableTorchFunctionSubclass
 
 NESTED_BLOCKSIZE = 256
@@ -155,10 +157,16 @@ def dequantize_nf4(
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
-def gemm_4bit(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
-    """A [..., K] @ W^T + bias for a packed weight W of state.shape = [N, K]: one operator call, not differentiable."""
-    # A graph of torch.compile shows the public operator.
-    layout = None if _is_compiling() else state.linear_layout
+def gemm_4bit(
+    A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None, differentiable: bool = False
+) -> Tensor:
+    """A [..., K] @ W^T + bias for a packed weight W of state.shape = [N, K]: one operator call.
+
+    It has derivatives in forward mode and under torch.func; those of requires_grad if it is told so.
+    """
+    # A graph of torch.compile shows the public operator, which has derivatives too. This is derivatives_wanted().
+    public = differentiable or _is_compiling() or _functorch_active() or forward_ad._current_level >= 0
+    layout = None if public else state.linear_layout
     with _plain_tensors():  # B may be a Params4bit, which needs no detour through its __torch_function__ here
         second = state.state2
         if second is None or not state.nested:
@@ -198,4 +206,4 @@ def gemv_4bit(
         raise ValueError(f"{op}: state is None, expected the QuantState from quantize_4bit")
     check.tensor(op, "A", A)
     check.tensor(op, "B", B)
-    return fill(op, "out", out, gemm_4bit(A, B, state))
+    return fill(op, "out", out, gemm_4bit(A, B, state, differentiable=A.requires_grad))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._derivatives import derivatives_wanted
 from ..autograd._functions import MatMul4Bit
 from ..functional import QuantState
 from ..functional.fourbit import gemm_4bit
@@ -159,7 +160,8 @@ class Linear4bit(torch.nn.Linear):
             bias = self.bias
         if bias is not None and bias.dtype is not compute_dtype:
             bias = bias.to(compute_dtype) if dtype is torch.float64 else bias_in(compute_dtype, bias)
-        if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        learns = _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if learns and not derivatives_wanted():
             y = MatMul4Bit.apply(x, weight, None, bias, state)
         else:
             y = gemm_4bit(x, weight, state, bias)

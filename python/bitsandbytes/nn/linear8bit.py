@@ -5,19 +5,23 @@ import threading
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from typing_extensions import Self
 
 from .. import _ops_int8
-from ..autograd._functions import MatMul8bitLt, MatmulLtState, quantized_rows
+from .._derivatives import derivatives_wanted
+from ..autograd._functions import MatMul8bitLt, MatmulLtState, int8_product, quantized_rows
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
 from .linear import bias_in, is_tied, linear_of_floats
 from .params import Int8Params, same_memory
 
 _grad_enabled = torch.is_grad_enabled
+_functorch_active = torch._C._are_functorch_transforms_active
 _in_dynamo = torch.compiler.is_dynamo_compiling
 _float64 = torch.float64
 _int8_linear = torch.ops.bitsandbytes.int8_linear.default
+_int8_forward = torch.ops.bitsandbytes.int8_linear.forward
 _agreeing = threading.Lock()  # of the threads that found a weight and its state changed; it is not held in a product
 
 _NOT_QUANTIZED = "Loading a quantized checkpoint into non-quantized Linear8bitLt is not supported"
@@ -178,10 +182,12 @@ class Linear8bitLt(torch.nn.Linear):
             if SCB is None:
                 y = self._multiply_floats(x, weight, bias)
                 return y if dtype is not _float64 else y.double()
-        if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        if _functorch_active() or forward_ad._current_level >= 0:  # derivatives_wanted(), without its call
+            y = _int8_linear(x, weight, SCB, bias, state.threshold)
+        elif _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             y = MatMul8bitLt.apply(x, weight, None, bias, state)
         else:
-            y = _int8_linear(x, weight, SCB, bias, state.threshold)
+            y = _int8_forward(x, weight, SCB, bias, state.threshold)
         return y if dtype is not _float64 else y.double()
 
     def _prepare(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -205,6 +211,8 @@ class Linear8bitLt(torch.nn.Linear):
         state = self.state
         if not state.has_fp16_weights and is_tied(weight, self.out_features, self.in_features):
             return linear_of_floats(x, weight, bias)
+        if derivatives_wanted():
+            return int8_product(x, weight, bias, state.threshold)
         if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             now = MatmulLtState()  # of this call: other threads have their own
             now.threshold = state.threshold
@@ -212,7 +220,7 @@ class Linear8bitLt(torch.nn.Linear):
             CB, SCB = now.CB, now.SCB
         else:
             CB, SCB = quantized_rows(weight)
-            y = _int8_linear(x, CB, SCB, bias, state.threshold)
+            y = _int8_forward(x, CB, SCB, bias, state.threshold)
         state.CB, state.SCB = CB, SCB
         return y
 

@@ -37,6 +37,7 @@ class _SwitchBack(torch.autograd.Function):
         return _ops.int8_linear.default(x, codes, scale, bias)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         weight, x, *x_scale = ctx.saved_tensors

@@ -149,10 +149,13 @@ def _(
     return _finish(y, bias, A.dtype, A), None if outlier_cols is None else A[..., outlier_cols].contiguous()
 
 
-@register_kernel("bitsandbytes::int8_linear", "default")
-def _(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, threshold: float = 0.0) -> Tensor:
+def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, threshold: float = 0.0) -> Tensor:
     check_linear(A, CB, SCB, bias, threshold)
     x = as_rows(A).float()
     codes, scale, columns = _quantize_rows(x, _outliers(x, threshold))
     y = _dequantize_sums(_sums(codes, CB), scale, SCB) + _outlier_product(x, CB, SCB, columns)
     return _finish(y, bias, A.dtype, A)
+
+
+for _name in ("int8_linear", "int8_linear.forward"):
+    register_kernel(f"bitsandbytes::{_name}", "default")(int8_linear)

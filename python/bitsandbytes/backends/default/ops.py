@@ -150,5 +150,5 @@ def linear_4bit(A: Tensor, B: Tensor, absmax: Tensor, layout: int, *rest: Tensor
     return _ops.gemm_4bit.default(A, B, shape, absmax, blocksize, quant_type, *rest)
 
 
-for _name in ("linear_4bit", "linear_4bit.nested"):
+for _name in ("linear_4bit", "linear_4bit.nested", "linear_4bit.forward", "linear_4bit.nested_forward"):
     register_kernel(f"bitsandbytes::{_name}", "default")(linear_4bit)
