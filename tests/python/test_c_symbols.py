@@ -37,10 +37,9 @@ def library(kind: str) -> Any:
     """Of the CUDA library the emulated one, which the C++ tests build."""
     if kind == "cpu":
         return cextension.cpu_lib
-    named = os.environ.get("BNB_CUDA_SYMBOLS_ON_HOST")
-    built = [Path(named)] if named else ROOT.glob("build/*/tests/cuda_on_host/libbnb_cuda_symbols_on_host.so")
-    found = sorted(built, key=lambda path: path.stat().st_mtime)
-    return CudaBNBNativeLibrary(NativeFunctions(found[-1], cextension.cpu_lib._lib)) if found else None
+    built = ROOT / "build/release/tests/cuda_on_host/libbnb_cuda_symbols_on_host.so"
+    path = Path(os.environ.get("BNB_CUDA_SYMBOLS_ON_HOST", built))
+    return CudaBNBNativeLibrary(NativeFunctions(path, cextension.cpu_lib._lib)) if path.is_file() else None
 
 
 def library_or_skip(kind: str) -> Any:
