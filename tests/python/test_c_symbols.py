@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from c_symbol_cases import DYNAMIC, case_of, ptr, values
+from c_symbol_clients import nested_weight
 from process import run_python
 
 import bitsandbytes.functional as F
@@ -49,6 +50,10 @@ def library_or_skip(kind: str) -> Any:
 @pytest.mark.parametrize(("kind", "name"), GOLDEN)
 def test_function_as_the_operator(kind: str, name: str) -> None:
     case_of(name)(library_or_skip(kind), name)
+
+
+def test_clients_dequantize_and_multiply_a_nested_weight() -> None:
+    nested_weight(library_or_skip("cuda"), "cpu")
 
 
 @pytest.mark.parametrize("kind", NAMES)

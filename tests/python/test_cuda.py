@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import reference as ref
 import torch
+from c_symbol_clients import nested_weight
 from test_matmul_4bit import MAX_ERROR, SHAPES
 from test_ops import OPCHECKS, is_product, opcheck_cases, overload
 from test_quantize import MAPS, SPECIAL
@@ -406,3 +407,9 @@ def test_real_model_in_nf4() -> None:
     assert model.device == GPU
     p, q = on_cpu.log_softmax(-1), on_gpu.log_softmax(-1)
     assert (p.exp() * (p - q)).sum(-1).mean() < 0.01
+
+
+def test_c_functions_as_clients_call_them() -> None:
+    """On torch's current stream, without waiting; each function is called in test_c_symbols.py."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        nested_weight(F.lib, "cuda")
