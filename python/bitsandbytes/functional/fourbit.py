@@ -14,7 +14,8 @@ _ops = torch.ops.bitsandbytes
 _gemm_4bit = _ops.gemm_4bit.default
 _linear_4bit = _ops.linear_4bit.forward
 _linear_4bit_nested = _ops.linear_4bit.nested_forward
-_is_compiling = torch.compiler.is_compiling
+_compiler = torch.compiler
+_in_dynamo = torch.compiler.is_dynamo_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _plain_tensors = torch._C.DisableTorchFunctionSubclass
 
@@ -165,7 +166,13 @@ def gemm_4bit(
     It has derivatives in forward mode and under torch.func; those of requires_grad if it is told so.
     """
     # A graph of torch.compile shows the public operator, which has derivatives too. This is derivatives_wanted().
-    public = differentiable or _is_compiling() or _functorch_active() or forward_ad._current_level >= 0
+    public = (
+        differentiable
+        or _in_dynamo()
+        or _compiler._is_compiling_flag
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+    )
     layout = None if public else state.linear_layout
     with _plain_tensors():  # B may be a Params4bit, which needs no detour through its __torch_function__ here
         second = state.state2
