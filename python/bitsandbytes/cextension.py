@@ -8,6 +8,7 @@ import ctypes as ct
 import logging
 import os
 import struct
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ class Native:
         if named := os.environ.get(f"BNB_{self.key}_LIBRARY"):
             return Path(named)
         version = os.environ.get("BNB_CUDA_VERSION", "") if self.key == "CUDA" else ""
-        versioned = PACKAGE_DIR / f"libbitsandbytes_{self.device_type}{version}.so"
-        return versioned if versioned.is_file() else PACKAGE_DIR / f"libbitsandbytes_{self.device_type}.so"
+        names = [f"libbitsandbytes_{self.device_type}{suffix}.so" for suffix in (version, "")]
+        # An editable installation keeps the libraries in another folder of the package than the Python files.
+        folders = sys.modules[__name__.rpartition(".")[0]].__path__
+        paths = [Path(folder, name) for name in names for folder in folders]
+        return next((path for path in paths if path.is_file()), PACKAGE_DIR / names[-1])
 
     def missing(self) -> list[str]:
         """Operators that have no kernel for this kind of device."""
@@ -103,6 +107,13 @@ class NativeFunctions(ct.CDLL):
             if result != "?":
                 function.errcheck = self._check_result
         return function
+
+    def text(self, name: str) -> str:
+        """What a function without arguments that gives text says."""
+        result = ct.CFUNCTYPE(ct.c_char_p)((name, self))()
+        if result is None:
+            raise RuntimeError((self._last_error() or b"").decode(errors="replace"))
+        return result.decode()
 
     def _check_result(self, result: Any, function: Any, arguments: Any) -> Any:
         # Callers may have set restype to None.
@@ -253,6 +264,18 @@ def get_cuda_bnb_library_path(cuda_specs: CUDASpecs) -> Path:
 def get_native_library() -> BNBNativeLibrary:
     """The C functions of all libraries that could be loaded."""
     return cpu_lib if cuda_lib is None or isinstance(cuda_lib, ErrorHandlerMockBNBNativeLibrary) else cuda_lib
+
+
+def instruction_sets() -> tuple[str, list[str]]:
+    """The instruction set whose kernels run on the CPU, and all that could, best first.
+
+    Raises:
+        RuntimeError: there is no library, or BNB_FORCE_ISA names none of them.
+    """
+    functions = cpu_lib._lib
+    if not isinstance(functions, NativeFunctions):
+        return functions.fail()
+    return functions.text("bnb_active_isa"), functions.text("bnb_supported_isas").split()
 
 
 def _warn_of_versions() -> None:

@@ -1,4 +1,5 @@
 // The C functions of the CPU (table.h).
+#include <bnb/cpu.h>
 #include <bnb/gemm.h>
 
 #include <vector>
@@ -102,3 +103,18 @@ using namespace bnb::c_symbols;
 
 BNB_CPU_SYMBOLS(BNB_DEFINE)
 BNB_EXPORT_TABLE(BNB_CPU_SYMBOLS)
+
+// Beside those of the released package, for diagnostics: the names of instruction sets, as bnb/cpu.h has them. Null after an error.
+extern "C" BNB_EXPORT const char* bnb_active_isa() {
+  return guarded([] { return active_isa().data(); });
+}
+extern "C" BNB_EXPORT const char* bnb_supported_isas() {
+  return guarded([] {
+    static const std::string names = [] {
+      std::string list;
+      for (const auto name : supported_isas()) list.append(list.empty() ? "" : " ").append(name);
+      return list;
+    }();
+    return names.c_str();
+  });
+}

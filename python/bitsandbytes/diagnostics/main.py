@@ -42,7 +42,10 @@ def _cpu() -> dict[str, Any]:
     lines = info.read_text().partition("\n\n")[0].splitlines() if info.is_file() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", "").split()
-    active, supported = native.instruction_sets()
+    try:
+        active, supported = native.instruction_sets()
+    except RuntimeError as error:
+        active, supported = str(error), []
     return {
         "model": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -56,12 +59,11 @@ def _cpu() -> dict[str, Any]:
 def _libraries() -> list[dict[str, Any]]:
     """Of each kind of device: where its library is looked for, and what came of it."""
     found = []
-    for kind, lib in ((native.CPU, native.lib), (native.CUDA, native.cuda_lib)):
-        failed = isinstance(lib, native.ErrorHandlerMockBNBNativeLibrary)
-        reason = lib.error_msg if failed else "" if lib is not None else "not looked for: this torch has no CUDA"
-        found.append(
-            {"device": kind.device_type, "path": str(kind.path), "loaded": bool(lib) and not failed, "reason": reason}
-        )
+    for kind, lib in ((native.CPU, native.cpu_lib), (native.CUDA, native.cuda_lib)):
+        reason = "not looked for: this torch has no CUDA" if lib is None else ""
+        if isinstance(lib, native.ErrorHandlerMockBNBNativeLibrary):
+            reason = lib.error_msg
+        found.append({"device": kind.device_type, "path": str(kind.path), "loaded": not reason, "reason": reason})
     return found
 
 
