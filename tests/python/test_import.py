@@ -224,3 +224,14 @@ def test_entry_points_are_loaded(tmp_path: Path) -> None:
     run = run_python("import bitsandbytes", PYTHONPATH=str(tmp_path), FAIL="1")
     assert run.returncode == 1 and "KeyError: 'oh'\n" in run.stderr
     assert run.stderr.splitlines()[-1] == "RuntimeError: bitsandbytes: failed to load backend theirs: 'oh'"
+
+
+def test_a_library_in_another_folder_of_the_package_is_found(tmp_path, monkeypatch):
+    """As in an editable installation."""
+    for name in ("BNB_CUDA_LIBRARY", "BNB_CUDA_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(bitsandbytes, "__path__", [*bitsandbytes.__path__, str(tmp_path)])
+    library = tmp_path / "libbitsandbytes_cuda.so"
+    assert bitsandbytes.cextension.CUDA.path != library
+    library.touch()
+    assert bitsandbytes.cextension.CUDA.path == library
