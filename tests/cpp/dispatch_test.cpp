@@ -1,8 +1,15 @@
 // Which instruction set runs: the best, or the one that was asked for, or an error that names the choices.
 #include <sys/wait.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdio>
+#include <fstream>
+#include <iterator>
 #include <set>
+#include <sstream>
 
 #include <bnb/gemm.h>
 #include <bnb/int8.h>
@@ -74,6 +81,38 @@ TEST(Dispatch, ATaskOfAProductWritesItsColumnsOnly) {
       }
     }
 }
+
+#if defined(__x86_64__) && defined(__linux__)
+// The kernel's list of flags, which knows of registers that are not saved.
+TEST(Dispatch, TablesAreThoseOfTheFlagsInCpuinfo) {
+  std::ifstream file("/proc/cpuinfo");
+  std::set<std::string> flags;
+  for (std::string line; flags.empty() && std::getline(file, line);)
+    if (line.starts_with("flags")) {
+      std::istringstream words(line.substr(line.find(':') + 1));
+      flags.insert(std::istream_iterator<std::string>(words), {});
+    }
+  if (flags.empty()) GTEST_SKIP() << "/proc/cpuinfo names no flags";
+  const auto has = [&](std::initializer_list<const char*> names) {
+    return std::ranges::all_of(names, [&](const char* name) { return flags.contains(name); });
+  };
+  const bool avx2 = has({"avx2", "fma", "f16c", "bmi2"});
+  const bool avx512 = avx2 && has({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"});
+  const bool avx512bf16 = avx512 && has({"avx512vbmi", "avx512_vnni", "avx512_bf16"});
+  uint64_t granted = 0;  // ARCH_GET_XCOMP_PERM: what supported_isas() has asked for
+  (void)supported_isas();
+  const bool tiles = syscall(SYS_arch_prctl, 0x1022, &granted) == 0 && (granted >> 18 & 1) != 0;
+  std::vector<std::string_view> expected;
+  if (avx512bf16 && has({"amx_bf16", "amx_tile", "amx_int8"}) && tiles) expected.push_back("amx");
+  if (avx512bf16) expected.push_back("avx512bf16");
+  if (avx512) expected.push_back("avx512");
+  if (avx2 && has({"avx_vnni"})) expected.push_back("avxvnni");
+  if (avx2) expected.push_back("avx2");
+  expected.push_back("scalar");
+  EXPECT_EQ(supported_isas(), expected);
+  EXPECT_EQ(print_isa("").output, expected.front());
+}
+#endif
 
 TEST(Dispatch, TheEnvironmentChooses) {
   for (const auto isa : supported_isas()) {
