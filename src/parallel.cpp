@@ -1,13 +1,23 @@
 #include "parallel.h"
 
+#include <bnb/error.h>
+
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace bnb {
 namespace {
@@ -32,7 +42,10 @@ template <class F> void spin_until(bool allowed, F&& f) {
 class Pool {
  public:
   explicit Pool(int threads) : spins_(threads <= static_cast<int>(std::thread::hardware_concurrency())) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (const std::exception&) {  // no more threads or no memory for them: fewer do the same work
+    }
   }
   ~Pool() {
     {
@@ -96,24 +109,49 @@ class Pool {
   void* context_ = nullptr;
 };
 
+constexpr int kMostThreads = 1024;
+
 int default_threads() {
-  if (const char* text = std::getenv("BNB_NUM_THREADS"))
-    if (const int n = std::atoi(text); n > 0) return std::min(n, 1024);
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const char* text = std::getenv("BNB_NUM_THREADS");
+  int n = 0;
+  if (text && *text) {
+    const char* end = text + std::strlen(text);
+    const auto [last, error] = std::from_chars(text, end, n);
+    if (error != std::errc() || last != end || n < 0)
+      throw Error(Errc::invalid_argument,
+                  "BNB_NUM_THREADS is \"" + std::string(text) + "\", expected a number of threads, 0 for all cores");
+  }
+  return n > 0 ? n : static_cast<int>(std::thread::hardware_concurrency());
 }
 
-std::mutex g_pool_mutex;
-Pool* g_pool = nullptr;
-int g_threads = 0;
+// Guards the pool in use and its size. The pool is made on first use. It is never destroyed at exit, for joining threads from a static
+// destructor can hang a host program: the last call that uses it destroys it, after another has taken its place.
+constinit std::mutex g_mutex;
+constinit union Global {
+  std::shared_ptr<Pool> pool;
+  constexpr Global() : pool() {}
+  ~Global() {}
+} g_global;
+constinit int g_threads = 0;
 
-// The pool is made on first use and never destroyed at exit: joining threads from a static destructor can hang a host program.
-Pool& pool() {
-  std::lock_guard lock(g_pool_mutex);
-  if (!g_pool) g_pool = new Pool(g_threads > 0 ? g_threads : default_threads());
-  return *g_pool;
+std::shared_ptr<Pool> pool() {
+  std::lock_guard lock(g_mutex);
+  if (!g_global.pool) g_global.pool = std::make_shared<Pool>(std::clamp(g_threads > 0 ? g_threads : default_threads(), 1, kMostThreads));
+  return g_global.pool;
 }
 
-void own_parallel_for(int64_t count, int64_t grain, ParallelBody body, void* context) { pool().run(count, grain, body, context); }
+#if defined(__unix__) || defined(__APPLE__)
+// A child of fork() has the calling thread alone. It finds no mutex held by another, and makes a pool of its own: that of the parent, whose
+// threads it does not have, is left as it is.
+[[maybe_unused]] const int g_at_fork =
+    pthread_atfork([] { process_mutex().lock(), g_mutex.lock(); }, [] { g_mutex.unlock(), process_mutex().unlock(); },
+                   [] {
+                     std::construct_at(&g_global.pool);
+                     g_mutex.unlock(), process_mutex().unlock();
+                   });
+#endif
+
+void own_parallel_for(int64_t count, int64_t grain, ParallelBody body, void* context) { pool()->run(count, grain, body, context); }
 
 std::atomic<ParallelFor> g_parallel_for{own_parallel_for};
 
@@ -124,10 +162,15 @@ ParallelFor current_parallel_for() { return g_parallel_for.load(std::memory_orde
 void set_parallel_for(ParallelFor f) { g_parallel_for.store(f ? f : own_parallel_for, std::memory_order_release); }
 
 void set_num_threads(int threads) {
-  std::lock_guard lock(g_pool_mutex);
-  delete g_pool;
-  g_pool = nullptr;
+  std::shared_ptr<Pool> old;  // destroyed without the mutex, unless a call still uses it
+  std::lock_guard lock(g_mutex);
+  old = std::move(g_global.pool);
   g_threads = threads;
+}
+
+std::mutex& process_mutex() {
+  static constinit std::mutex mutex;
+  return mutex;
 }
 
 }  // namespace bnb

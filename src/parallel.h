@@ -6,11 +6,15 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <mutex>
 #include <type_traits>
 
 namespace bnb {
 
 ParallelFor current_parallel_for();
+
+// Guards what the whole process shares. fork() waits for its holder, so that no child finds it held. Nothing is called under it.
+std::mutex& process_mutex();
 
 // A job of `count` units, in at most as many equal shares as there are threads, of which long ones are cut into up to four chunks; each is
 // of `grain` units or more, but for the last. A thread takes those of its own share first, for it may have their data in its cache since

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <mutex>
 #include <vector>
+
+#include "parallel.h"
 
 namespace bnb::cpu {
 namespace {
@@ -100,16 +103,34 @@ Entry make_entry(const Map& code, bool table) {
   return {code, std::move(e)};
 }
 
-Entry make_dynamic_entry(bool is_signed) {
-  Map code;
-  std::ranges::copy(create_dynamic_map(is_signed), code.begin());
-  auto e = std::make_shared<Encoder8>();
-  set_thresholds(*e, code);
-  set_table(*e);
-  static Dynamic8 rules[2];
-  rules[is_signed] = make_dynamic(is_signed, e->threshold);
-  e->dynamic = &rules[is_signed];
-  return {code, std::move(e)};
+struct DynamicEntries {
+  Entry entries[2];
+  Dynamic8 rules[2];
+
+  DynamicEntries() {
+    for (const bool is_signed : {false, true}) {
+      Map code;
+      std::ranges::copy(create_dynamic_map(is_signed), code.begin());
+      auto e = std::make_shared<Encoder8>();
+      set_thresholds(*e, code);
+      set_table(*e);
+      rules[is_signed] = make_dynamic(is_signed, e->threshold);
+      e->dynamic = &rules[is_signed];
+      entries[is_signed] = {code, std::move(e)};
+    }
+  }
+};
+
+// Made once, or by several threads of which one's stays: no lock that a child of fork() might find held. Never destroyed: a thread may
+// still run when the process exits.
+const DynamicEntries& dynamic_entries() {
+  static constinit std::atomic<const DynamicEntries*> kept{nullptr};
+  const DynamicEntries* made = kept.load(std::memory_order_acquire);
+  if (made) [[likely]]
+    return *made;
+  auto mine = std::make_unique<DynamicEntries>();
+  if (kept.compare_exchange_strong(made, mine.get(), std::memory_order_acq_rel)) made = mine.release();
+  return *made;
 }
 
 bool same(const Map& a, const Map& b) {
@@ -119,24 +140,23 @@ bool same(const Map& a, const Map& b) {
 }  // namespace
 
 std::shared_ptr<const Encoder8> encoder_for(std::span<const float> given, int64_t n) {
-  static const Entry dynamic[] = {make_dynamic_entry(true), make_dynamic_entry(false)};
   Map code;
   std::copy_n(given.begin(), code.size(), code.begin());
-  for (const auto& entry : dynamic)
+  for (const auto& entry : dynamic_entries().entries)
     if (same(entry.code, code)) return entry.encoder;
 
-  static std::mutex mutex;
-  static Entry kept[4];
+  static auto& kept = *new std::array<Entry, 4>;  // never destroyed
   static size_t oldest = 0;
   {
-    std::lock_guard lock(mutex);
+    std::lock_guard lock(process_mutex());
     for (const auto& entry : kept)
       if (entry.encoder && same(entry.code, code)) return entry.encoder;
   }
   Entry made = make_entry(code, n >= kTableWorth);
   if (made.encoder->first) {
-    std::lock_guard lock(mutex);
-    kept[oldest++ % std::size(kept)] = made;
+    Entry last = made;  // the one it replaces is destroyed without the mutex
+    std::lock_guard lock(process_mutex());
+    std::swap(kept[oldest++ % kept.size()], last);
   }
   return made.encoder;
 }
