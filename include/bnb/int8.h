@@ -83,7 +83,7 @@ struct GemmInt8 {
   int64_t m = 0, n = 0, k = 0;
   std::span<const int8_t> a = {};  // m * k
   std::span<const int8_t> b = {};  // n * k
-  std::span<int32_t> sums = {};    // m * n: the sums themselves. Empty: they go through the epilogue
+  std::span<int32_t> sums = {};    // m * n: the sums themselves. Empty: they go through the epilogue, if `to` is given
   Int8Epilogue to = {};
   ConstView x = {};                        // m * k: what a was quantized from, read where there are outlier columns
   std::span<const int64_t> outliers = {};  // ascending; adds x[i][c] * (b[j][c] * (column_scale[j] / 127)) for each column c of these
