@@ -24,38 +24,43 @@ template <class F> void for_blocks(int64_t n, int64_t blocksize, void* out, int6
 }  // namespace
 
 void quantize_4bit(const Quantize4bit& d) {
-  check_arguments(d);
-  const auto& kernels = cpu::active();
-  for_blocks(d.x.size, d.blocksize, d.codes.data(), packed_size(d.x.size),
-             [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_4bit(d, blocks); });
+  check_arguments(d).within_memory([&] {
+    const auto& kernels = cpu::active();
+    for_blocks(d.x.size, d.blocksize, d.codes.data(), packed_size(d.x.size),
+               [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_4bit(d, blocks); });
+  });
 }
 
 void dequantize_4bit(const Dequantize4bit& d) {
-  check_arguments(d);
-  const auto& kernels = cpu::active();
-  for_blocks(d.out.size, d.blocksize, d.out.data, d.out.size * size_of(d.out.dtype),
-             [&](cpu::Range blocks, cpu::Stores stores) { kernels.dequantize_4bit(d, stores, blocks); });
+  check_arguments(d).within_memory([&] {
+    const auto& kernels = cpu::active();
+    for_blocks(d.out.size, d.blocksize, d.out.data, d.out.size * size_of(d.out.dtype),
+               [&](cpu::Range blocks, cpu::Stores stores) { kernels.dequantize_4bit(d, stores, blocks); });
+  });
 }
 
 void quantize_blockwise(const QuantizeBlockwise& d) {
-  check_arguments(d).ascending("code", d.code);
+  const Checker check = check_arguments(d);
+  check.ascending("code", d.code);
   if (d.x.size == 0) return;
-  const auto& kernels = cpu::active();
-  const auto encoder = cpu::encoder_for(d.code, d.x.size);
-  for_blocks(d.x.size, d.blocksize, d.codes.data(), d.x.size,
-             [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_blockwise(d, *encoder, blocks); });
+  check.within_memory([&] {
+    const auto& kernels = cpu::active();
+    const auto encoder = cpu::encoder_for(d.code, d.x.size);
+    for_blocks(d.x.size, d.blocksize, d.codes.data(), d.x.size,
+               [&](cpu::Range blocks, cpu::Stores) { kernels.quantize_blockwise(d, *encoder, blocks); });
+  });
 }
 
 void dequantize_blockwise(const DequantizeBlockwise& d) {
-  check_arguments(d);
-  const auto& kernels = cpu::active();
-  for_blocks(d.out.size, d.blocksize, d.out.data, d.out.size * size_of(d.out.dtype),
-             [&](cpu::Range blocks, cpu::Stores stores) { kernels.dequantize_blockwise(d, stores, blocks); });
+  check_arguments(d).within_memory([&] {
+    const auto& kernels = cpu::active();
+    for_blocks(d.out.size, d.blocksize, d.out.data, d.out.size * size_of(d.out.dtype),
+               [&](cpu::Range blocks, cpu::Stores stores) { kernels.dequantize_blockwise(d, stores, blocks); });
+  });
 }
 
 void gemm_4bit(const Gemm4bit& d) {
-  check_arguments(d);
-  multiply(cpu::active().gemm_4bit, d);
+  check_arguments(d).within_memory([&] { multiply(cpu::active().gemm_4bit, d); });
 }
 
 }  // namespace bnb

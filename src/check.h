@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <new>
 #include <span>
 #include <string>
 #include <string_view>
@@ -24,10 +25,25 @@ struct Memory {
   bool meets(const Memory& o) const { return bytes != 0 && o.bytes != 0 && begin < o.begin + o.bytes && o.begin < begin + bytes; }
 };
 
+// Scratch memory of a call that could not be had (cpu/scratch.h).
+struct ScratchError : std::bad_alloc {
+  explicit ScratchError(int64_t size) : bytes(size) {}
+  int64_t bytes;
+};
+
 class Checker {
  public:
   explicit Checker(std::string_view op) : op_(op) {}
   std::string op() const { return std::string(op_); }
+
+  // f(), where memory that cannot be had is an Error of the operation.
+  template <class F> void within_memory(F&& f) const {
+    try {
+      f();
+    } catch (const ScratchError& e) {
+      throw Error(Errc::out_of_memory, op() + ": " + std::to_string(e.bytes) + " bytes of scratch memory could not be allocated");
+    } catch (const std::bad_alloc&) { throw Error(Errc::out_of_memory, op() + ": not enough memory for its tables"); }
+  }
 
   template <class T> [[noreturn]] void fail(std::string_view argument, const T& given, std::string_view allowed) const {
     std::string text = op();

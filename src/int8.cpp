@@ -33,41 +33,7 @@ void clear_columns(const QuantizeInt8& d, std::span<const int64_t> columns) {
   });
 }
 
-}  // namespace
-
-void quantize_int8(const QuantizeInt8& d) {
-  check_arguments(d);
-  quantize_rows(d);
-  if (d.threshold > 0) clear_columns(d, outlier_columns(d.outliers.first(static_cast<size_t>(outlier_words(d.columns)))));
-}
-
-void quantize_columns_int8(const QuantizeColumnsInt8& d) {
-  check_arguments(d);
-  constexpr int64_t step = cpu::kInt8Columns;
-  parallel_for((d.columns + step - 1) / step, grain_of(kGrainElements, d.rows * step), [&](int64_t begin, int64_t end) {
-    cpu::active().quantize_columns_int8(d, {begin * step, std::min(end * step, d.columns)});
-  });
-}
-
-void dequantize_int8(const DequantizeInt8& d) {
-  check_arguments(d);
-  parallel_for(d.rows, grain_of(kGrainElements, d.columns),
-               [&](int64_t begin, int64_t end) { cpu::active().dequantize_int8(d, {begin, end}); });
-}
-
-void dequantize_sums(const DequantizeSums& d) {
-  check_arguments(d);
-  parallel_for(d.m, grain_of(kGrainElements, d.n), [&](int64_t begin, int64_t end) { cpu::active().dequantize_sums(d, {begin, end}); });
-}
-
-void gemm_int8(const GemmInt8& d) {
-  check_arguments(d);
-  multiply(cpu::active().gemm_int8, d);
-}
-
-void linear_int8(const LinearInt8& d) {
-  check_arguments(d);
-  if (d.m == 0 || d.n == 0) return;
+void quantize_and_multiply(const LinearInt8& d) {
   const int64_t words = d.threshold > 0 ? outlier_words(d.k) : 0;
   const cpu::Scratch scratch(words * 8 + d.m * 4 + d.m * d.k);
   auto* outliers = static_cast<uint64_t*>(scratch.data());
@@ -86,6 +52,47 @@ void linear_int8(const LinearInt8& d) {
                                      .to = {{scale, m}, d.weight_scale, d.bias, d.out},
                                      .x = d.x,
                                      .outliers = columns});
+}
+
+}  // namespace
+
+void quantize_int8(const QuantizeInt8& d) {
+  check_arguments(d).within_memory([&] {
+    quantize_rows(d);
+    if (d.threshold > 0) clear_columns(d, outlier_columns(d.outliers.first(static_cast<size_t>(outlier_words(d.columns)))));
+  });
+}
+
+void quantize_columns_int8(const QuantizeColumnsInt8& d) {
+  constexpr int64_t step = cpu::kInt8Columns;
+  check_arguments(d).within_memory([&] {
+    parallel_for((d.columns + step - 1) / step, grain_of(kGrainElements, d.rows * step), [&](int64_t begin, int64_t end) {
+      cpu::active().quantize_columns_int8(d, {begin * step, std::min(end * step, d.columns)});
+    });
+  });
+}
+
+void dequantize_int8(const DequantizeInt8& d) {
+  check_arguments(d).within_memory([&] {
+    parallel_for(d.rows, grain_of(kGrainElements, d.columns),
+                 [&](int64_t begin, int64_t end) { cpu::active().dequantize_int8(d, {begin, end}); });
+  });
+}
+
+void dequantize_sums(const DequantizeSums& d) {
+  check_arguments(d).within_memory([&] {
+    parallel_for(d.m, grain_of(kGrainElements, d.n), [&](int64_t begin, int64_t end) { cpu::active().dequantize_sums(d, {begin, end}); });
+  });
+}
+
+void gemm_int8(const GemmInt8& d) {
+  check_arguments(d).within_memory([&] { multiply(cpu::active().gemm_int8, d); });
+}
+
+void linear_int8(const LinearInt8& d) {
+  const Checker check = check_arguments(d);
+  if (d.m == 0 || d.n == 0) return;
+  check.within_memory([&] { quantize_and_multiply(d); });
 }
 
 }  // namespace bnb

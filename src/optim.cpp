@@ -79,8 +79,9 @@ std::optional<Optimizer> optimizer_of(std::string_view name) {
   return found == kNames.end() ? std::nullopt : std::optional(static_cast<Optimizer>(found - kNames.begin()));
 }
 
-void optimizer_step(const OptimizerStep& s) {
-  const Checker check = check_arguments(s);
+namespace {
+
+void step_tensors(const Checker& check, const OptimizerStep& s) {
   const auto& kernels = cpu::active();
   const size_t n = s.tensors.size();
   const bool coded = std::ranges::any_of(s.tensors, [](const OptimizerTensor& t) { return t.has_codes(); });
@@ -114,6 +115,13 @@ void optimizer_step(const OptimizerStep& s) {
   parallel_for(blocks, grain_of(kGrainElements, kOptimizerBlock), [&](int64_t begin, int64_t end) {
     for_pieces(first, n, begin, end, [&](size_t i, cpu::Range range) { kernels.optimizer_step(tasks[i], range); });
   });
+}
+
+}  // namespace
+
+void optimizer_step(const OptimizerStep& s) {
+  const Checker check = check_arguments(s);
+  check.within_memory([&] { step_tensors(check, s); });
 }
 
 }  // namespace bnb

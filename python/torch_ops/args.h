@@ -97,6 +97,8 @@ inline std::string text(std::span<const int64_t> shape) {
   return s.empty() ? "[]" : s + "]";
 }
 
+inline std::span<const int64_t> sizes(const Tensor& t) { return {t.sizes().data(), t.sizes().size()}; }
+
 template <class Device> struct Args : Checker {
   Device device;
 
@@ -106,15 +108,28 @@ template <class Device> struct Args : Checker {
   // The tensor as the core may read it: on the device, contiguous.
   Tensor input(std::string_view argument, const Tensor& t) const {
     on_device(argument, t);
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+    return t.is_contiguous() ? t : contiguous_copy(argument, t);
+  }
+  // None reaches a kernel as an undefined tensor.
+  void present(std::string_view argument, const Tensor& t) const {
+    if (!t.defined()) [[unlikely]]
+      fail(argument, "None", "a Tensor");
   }
   void on_device(std::string_view argument, const Tensor& t) const {
+    present(argument, t);
     if (!device.holds(t)) [[unlikely]]
       fail(argument, "on " + device_of(t), device.text());
   }
   void type(std::string_view argument, const Tensor& t, ScalarType wanted) const {
+    present(argument, t);
     if (type_of(t) != wanted) [[unlikely]]
       fail(argument, std::string("of dtype ") + name_of(type_of(t)), name_of(wanted));
+  }
+  void count(std::string_view argument, const Tensor& t, int64_t expected, std::string_view meaning) const {
+    if (t.numel() == expected) [[likely]]
+      return;
+    present(argument, t);
+    equal(argument, t.numel(), expected, meaning);
   }
   DType float_type(std::string_view argument, ScalarType t) const {
     switch (t) {
@@ -167,12 +182,20 @@ template <class Device> struct Args : Checker {
     fail(argument, std::string("of dtype ") + name_of(t), "an integer or floating point dtype of at most 64 bits");
   }
   Tensor packed(std::string_view argument, const Tensor& t) const {
+    present(argument, t);
     storage(argument, type_of(t));
     return input(argument, t);
   }
   Tensor map(std::string_view argument, const Tensor& t) const {
-    equal(argument, t.numel(), 256, "the values of all codes");
+    count(argument, t, 256, "the values of all codes");
     return floats(argument, t);
+  }
+
+ private:
+  Tensor contiguous_copy(std::string_view argument, const Tensor& t) const {
+    Tensor copy(new_owned(*this, t, sizes(t), type_of(t), std::string("a contiguous copy of ").append(argument)).release());
+    torch::stable::copy_(copy, t);
+    return copy;
   }
 };
 
@@ -197,8 +220,6 @@ template <class T> std::span<T> write(const Tensor& t) {
   return {n ? static_cast<T*>(t.mutable_data_ptr()) : nullptr, n};
 }
 
-inline std::span<const int64_t> sizes(const Tensor& t) { return {t.sizes().data(), t.sizes().size()}; }
-
 inline std::span<const uint8_t> bytes(const Tensor& t) {
   const int64_t n = t.numel() * item_size(type_of(t));
   return {n ? static_cast<const uint8_t*>(t.const_data_ptr()) : nullptr, static_cast<size_t>(n)};
@@ -208,8 +229,11 @@ inline std::span<uint8_t> mutable_bytes(const Tensor& t) {
   return {n ? static_cast<uint8_t*>(t.mutable_data_ptr()) : nullptr, static_cast<size_t>(n)};
 }
 
-// A contiguous tensor on the device of `like`. Past the dispatcher, which looks "aten::new_empty" up by name: 1 us less.
-template <class Device> Owned new_owned(const Args<Device>& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {
+// A contiguous tensor on the device of `like`, for what `purpose` says. Past the dispatcher, which looks "aten::new_empty" up by name: 1 us
+// less.
+template <class Device>
+Owned new_owned(const Args<Device>& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype,
+                std::string_view purpose = "a result") {
   int64_t few[8];
   Sizes many(shape.size() > std::size(few) ? shape.size() : 0);
   int64_t* const strides = many.empty() ? few : many.data();
@@ -222,7 +246,8 @@ template <class Device> Owned new_owned(const Args<Device>& args, const Tensor& 
   if (aoti_torch_empty_strided(std::ssize(shape), shape.data(), strides, number_of(dtype), device, index, &made) != 0)
     made = args.device.no_memory(shape, dtype);
   if (!made)
-    throw Error(Errc::out_of_memory, args.op() + ": not enough memory for a result of shape " + text(shape) + " in " + name_of(dtype));
+    throw Error(Errc::out_of_memory,
+                args.op().append(": not enough memory for ").append(purpose) + " of shape " + text(shape) + " in " + name_of(dtype));
   return Owned(made);
 }
 template <class Device> Tensor new_empty(const Args<Device>& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype) {

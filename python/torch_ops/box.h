@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -79,7 +80,7 @@ template <class R, class... Ps, R (*F)(Ps...)> struct Boxed<F> {
       } catch (const bnb::Error& e) {
         if (e.code() == bnb::Errc::invalid_argument) throw std::invalid_argument(e.what());
         throw std::runtime_error(e.what());
-      }
+      } catch (const std::bad_alloc&) { throw std::runtime_error("bitsandbytes: not enough memory for the lists of an operator's call"); }
     }(std::index_sequence_for<Ps...>{});
   }
 };

@@ -16,6 +16,7 @@ namespace bnb::torch_ops {
 struct Matrix {
   int64_t rows = 0, columns = 0;
   template <class Device> Matrix(const Args<Device>& args, std::string_view argument, const Tensor& t) {
+    args.present(argument, t);
     const auto shape = t.sizes();
     if (shape.size() == 0) args.fail(argument, "a scalar", "at least one dimension");
     columns = shape[shape.size() - 1];
@@ -36,8 +37,8 @@ template <class Device> struct Int8Args : Args<Device> {
     this->type(argument, t, ScalarType::Char);
     return this->input(argument, t);
   }
-  Tensor scales(std::string_view argument, const Tensor& t, int64_t count) const {
-    this->equal(argument, t.numel(), count, "one for each row");
+  Tensor scales(std::string_view argument, const Tensor& t, int64_t rows) const {
+    this->count(argument, t, rows, "one for each row");
     return this->floats(argument, t);
   }
   // Above 0 it stays above 0 in fp32.
@@ -47,6 +48,7 @@ template <class Device> struct Int8Args : Args<Device> {
     return given > 0 && rounded == 0 ? std::numeric_limits<float>::denorm_min() : rounded;
   }
   Tensor weight(std::string_view argument, const Tensor& t, int64_t columns) const {
+    this->present(argument, t);
     if (t.dim() != 2 || t.size(1) != columns) [[unlikely]]
       this->fail(argument, "of shape " + text(sizes(t)), "[N, " + std::to_string(columns) + "], as A says");
     return codes(argument, t);
@@ -112,7 +114,6 @@ template <class Device> struct Int8Product {
   }
   void sums_into(const Tensor& out) {
     d.sums = write<int32_t>(out);
-    if (d.m == 0 || d.n == 0) return;
     args.device.gemm_int8(d);
   }
 };

@@ -115,7 +115,7 @@ template <class Device> struct Product {
       kept_8bit = args.input("absmax_8bit", *absmax_8bit);
       kept_code = args.map("absmax_code", *absmax_code);
       kept_offset = args.floats("absmax_offset", *absmax_offset);
-      args.equal("absmax_offset", kept_offset->numel(), 1, "one value");
+      args.count("absmax_offset", *kept_offset, 1, "one value");
       d.absmax.codes = read<uint8_t>(*kept_8bit);
       d.absmax.code = read<float>(*kept_code);
       d.absmax.nested = read<float>(scales);
@@ -193,7 +193,7 @@ Owned linear_4bit(const Tensor& a, const Tensor& b, const Tensor& absmax, int64_
 // gemv_4bit names the format by its code values, so they must be read: on a GPU the call then waits for the stream, and cannot be captured
 // into a graph. gemm_4bit takes a name instead.
 template <class Device> QuantType type_of_code(const Args<Device>& args, const Tensor& code) {
-  args.equal("code", code.numel(), 16, "the values of all codes");
+  args.count("code", code, 16, "the values of all codes");
   const Tensor map = args.device.on_host(args.floats("code", code));
   const auto given = read<float>(map);
   for (QuantType t : {QuantType::nf4, QuantType::fp4})

@@ -35,6 +35,7 @@ template <class Device> struct OptimizerArgs : Args<Device> {
   }
   // A state of either kind.
   void state(std::string_view argument, const Tensor& t, std::span<float>& plain, std::span<uint8_t>& codes) const {
+    this->present(argument, t);
     if (type_of(t) != ScalarType::Byte) {
       plain = floats_in_place(argument, t);
       return;
@@ -65,6 +66,7 @@ template <class Device> struct StepArguments {
                        const Tensor* absmax2) {
     OptimizerTensor& t = tensors.emplace_back();
     t.p = args.parameter(p);
+    args.present("g", g);
     if (!std::ranges::equal(g.sizes(), p.sizes())) [[unlikely]]
       args.fail("g", "of shape " + text(sizes(g)), text(sizes(p)) + ", that of p");
     if (g.is_contiguous()) {

@@ -1,12 +1,10 @@
 #include "scratch.h"
 
-#include <bnb/error.h>
-
 #include <algorithm>
 #include <cstdlib>
-#include <new>
-#include <string>
 #include <utility>
+
+#include "check.h"
 
 namespace bnb::cpu {
 namespace {
@@ -37,7 +35,7 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), bytes_((std::max<int64_t>(byte
     return;
   }
   data_ = std::aligned_alloc(64, static_cast<size_t>(bytes_));
-  if (!data_) throw Error(Errc::out_of_memory, "scratch memory: " + std::to_string(bytes_) + " bytes could not be allocated");
+  if (!data_) throw ScratchError(bytes_);
 }
 
 Scratch::~Scratch() {

@@ -8,7 +8,7 @@ namespace bnb::cpu {
 
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes);  // aligned to 64; throws Error{out_of_memory}
+  explicit Scratch(int64_t bytes);  // aligned to 64; throws ScratchError, which Checker::within_memory makes an Error of the operation
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -1,4 +1,6 @@
 // Every wrong argument is an Error that names the operation and the argument, and nothing is written.
+#include <regex>
+
 #include "cases.h"
 
 namespace bnb::test {
@@ -263,19 +265,33 @@ TEST(Errors, WhatIsAllowed) {
       quantize_4bit({.x = std::span<const float>(memory).subspan(1, 0), .codes = {reinterpret_cast<uint8_t*>(memory.data()), 16}}));
 }
 
-// Scratch memory that cannot be had is an Error too (k = 0, so that no operand is large).
+// Scratch memory that cannot be had is an Error of the operation too (k = 0, so that no operand is large).
 TEST(Errors, OutOfMemory) {
   if (BNB_TEST_SANITIZED) GTEST_SKIP() << "sanitizers end the process on such sizes";
   const int64_t m = int64_t{1} << 55;
   Buffers buffers;
+  const auto check = [&](std::string_view op, auto&& run) {
+    try {
+      run();
+      ADD_FAILURE() << op << ": 2^55 rows were computed";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), Errc::out_of_memory) << e.what();
+      EXPECT_TRUE(std::regex_match(e.what(), std::regex(std::string(op) + ": [0-9]+ bytes of scratch memory could not be allocated")))
+          << e.what();
+    }
+    EXPECT_TRUE(buffers.untouched());
+  };
   auto d = buffers.gemm_4bit();
   d.m = m, d.n = 1, d.k = 0, d.a = {nullptr, DType::f32, 0}, d.codes = {}, d.absmax = {}, d.bias = {};
   d.out.size = m;  // never reached
-  try {
-    gemm_4bit(d);
-    ADD_FAILURE() << "2^55 rows were computed";
-  } catch (const Error& e) { EXPECT_EQ(e.code(), Errc::out_of_memory) << e.what(); }
-  EXPECT_TRUE(buffers.untouched());
+  check("gemm_4bit", [&] { gemm_4bit(d); });
+  const float one = 1;
+  // Addresses apart from each other and from all that is there; nothing is looked at.
+  const auto place = [](uintptr_t at) { return reinterpret_cast<float*>(at << 56); };
+  const View out{place(1), DType::f32, m};
+  check("linear_int8", [&] { linear_int8({.m = m, .n = 1, .weight_scale = {&one, 1}, .out = out}); });
+  const std::span<const float> rows(place(8), static_cast<size_t>(m));
+  check("gemm_int8", [&] { gemm_int8({.m = m, .n = 1, .to = {rows, {&one, 1}, {}, out}}); });
 }
 
 }  // namespace

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ... import _checks as check
-from ..._ops import register_kernel
 from ..._ops_int8 import (
     as_rows,
     check_dequant,
@@ -15,6 +14,7 @@ from ..._ops_int8 import (
     check_mm_dequant,
     check_quant,
 )
+from ..utils import default_kernel
 
 _ops = torch.ops.bitsandbytes
 _FLOAT_MAX = torch.finfo(torch.float32).max
@@ -75,7 +75,7 @@ def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype, like: Tensor) ->
     return y.to(dtype).view(*like.shape[:-1], y.shape[1])
 
 
-@register_kernel("bitsandbytes::int8_vectorwise_quant", "default")
+@default_kernel("bitsandbytes::int8_vectorwise_quant")
 def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     check_quant("int8_vectorwise_quant", A, threshold)
     x = as_rows(A).float()
@@ -83,7 +83,7 @@ def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]
     return codes.view(A.shape), scale, columns
 
 
-@register_kernel("bitsandbytes::int8_double_quant", "default")
+@default_kernel("bitsandbytes::int8_double_quant")
 def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     check_quant("int8_double_quant", A, threshold)
     x = as_rows(A).float()
@@ -93,26 +93,26 @@ def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor
     return codes.view(A.shape), codes_by_column.view(A.shape), row_scale, column_scale, columns
 
 
-@register_kernel("bitsandbytes::int8_vectorwise_dequant", "default")
+@default_kernel("bitsandbytes::int8_vectorwise_dequant")
 def _(A: Tensor, stats: Tensor) -> Tensor:
     check_dequant(A, stats)
     return (as_rows(A).float() * stats.view(-1, 1) * (1 / 127)).view(A.shape)
 
 
-@register_kernel("bitsandbytes::int8_linear_matmul", "default")
+@default_kernel("bitsandbytes::int8_linear_matmul")
 def _(A: Tensor, B: Tensor) -> Tensor:
     check_matmul("int8_linear_matmul", A, B)
     return _sums(as_rows(A), B).view(*A.shape[:-1], B.shape[0])
 
 
-@register_kernel("bitsandbytes::int8_linear_matmul.out", "default")
+@default_kernel("bitsandbytes::int8_linear_matmul.out")
 def _(A: Tensor, B: Tensor, out: Tensor) -> None:
     check_matmul("int8_linear_matmul", A, B)
     check.out_like("int8_linear_matmul", out, (*A.shape[:-1], B.shape[0]), torch.int32, A.device)
     out.copy_(_ops.int8_linear_matmul.default(A, B))
 
 
-@register_kernel("bitsandbytes::int8_mm_dequant", "default")
+@default_kernel("bitsandbytes::int8_mm_dequant")
 def _(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
 ) -> Tensor:
@@ -120,7 +120,7 @@ def _(
     return _finish(_dequantize_sums(as_rows(A), row_stats, col_stats), bias, dtype, A)
 
 
-@register_kernel("bitsandbytes::int8_scaled_mm", "default")
+@default_kernel("bitsandbytes::int8_scaled_mm")
 def _(
     A: Tensor,
     B: Tensor,
@@ -134,7 +134,7 @@ def _(
     return _finish(_dequantize_sums(_sums(as_rows(A), B), row_stats, col_stats), bias, dtype, A)
 
 
-@register_kernel("bitsandbytes::int8_mixed_scaled_mm", "default")
+@default_kernel("bitsandbytes::int8_mixed_scaled_mm")
 def _(
     A: Tensor,
     CA: Tensor,
@@ -158,4 +158,4 @@ def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, 
 
 
 for _name in ("int8_linear", "int8_linear.forward"):
-    register_kernel(f"bitsandbytes::{_name}", "default")(int8_linear)
+    default_kernel(f"bitsandbytes::{_name}")(int8_linear)

@@ -16,10 +16,9 @@ from ..._ops import (
     check_gemm_4bit,
     check_gemv_4bit,
     read_linear_4bit_layout,
-    register_kernel,
     storage_rows,
 )
-from ..utils import CODES_BY_THRESHOLD, THRESHOLDS, _get_4bit_code, nearest_codes
+from ..utils import CODES_BY_THRESHOLD, THRESHOLDS, _get_4bit_code, default_kernel, nearest_codes
 
 _ops = torch.ops.bitsandbytes
 
@@ -35,7 +34,7 @@ def _normalize(A: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return x * (1.0 / absmax.clamp(min=1e-38))[:, None], absmax
 
 
-@register_kernel("bitsandbytes::quantize_4bit", "default")
+@default_kernel("bitsandbytes::quantize_4bit")
 def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
     op = "quantize_4bit"
     check.dtype(op, "A", A, *check.FLOATS)
@@ -64,7 +63,7 @@ def _unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed >> 4, packed & 15), dim=1).view(-1)
 
 
-@register_kernel("bitsandbytes::dequantize_4bit", "default")
+@default_kernel("bitsandbytes::dequantize_4bit")
 def _dequantize_4bit(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
@@ -74,7 +73,7 @@ def _dequantize_4bit(
     return _dequantize(values, _unpack(A), absmax, blocksize, n).to(dtype).view(tuple(shape))
 
 
-@register_kernel("bitsandbytes::dequantize_4bit.out", "default")
+@default_kernel("bitsandbytes::dequantize_4bit.out")
 def _(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype, out: Tensor
 ) -> None:
@@ -82,7 +81,7 @@ def _(
     out.copy_(_ops.dequantize_4bit.default(A, absmax, blocksize, quant_type, shape, dtype))
 
 
-@register_kernel("bitsandbytes::quantize_blockwise", "default")
+@default_kernel("bitsandbytes::quantize_blockwise")
 def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     op = "quantize_blockwise"
     check.dtype(op, "A", A, *check.FLOATS)
@@ -96,33 +95,33 @@ def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return nearest_codes(t, code).view(-1)[: A.numel()].view(A.shape), absmax
 
 
-@register_kernel("bitsandbytes::dequantize_blockwise", "default")
+@default_kernel("bitsandbytes::dequantize_blockwise")
 def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     check_dequantize_blockwise(A, absmax, code, blocksize, dtype)
     return _dequantize(code.reshape(-1), A.reshape(-1), absmax, blocksize, A.numel()).to(dtype).view(A.shape)
 
 
-@register_kernel("bitsandbytes::dequantize_blockwise.out", "default")
+@default_kernel("bitsandbytes::dequantize_blockwise.out")
 def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor) -> None:
     check.out_like("dequantize_blockwise", out, A.shape, dtype, A.device)
     out.copy_(_ops.dequantize_blockwise.default(A, absmax, code, blocksize, dtype))
 
 
-@register_kernel("bitsandbytes::gemv_4bit", "default")
+@default_kernel("bitsandbytes::gemv_4bit")
 def _(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     check_gemv_4bit(A, B, shapeB, absmax, code, blocksize)
     weight = _dequantize(code.reshape(-1), _unpack(B), absmax, blocksize, shapeB[0] * shapeB[1])
     return torch.nn.functional.linear(A, weight.to(A.dtype).view(*shapeB))
 
 
-@register_kernel("bitsandbytes::gemv_4bit.out", "default")
+@default_kernel("bitsandbytes::gemv_4bit.out")
 def _(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int, out: Tensor) -> None:
     check_gemv_4bit(A, B, shapeB, absmax, code, blocksize)
     check.out_like("gemv_4bit", out, (*A.shape[:-1], shapeB[0]), A.dtype, A.device)
     out.copy_(_ops.gemv_4bit.default(A, B, shapeB, absmax, code, blocksize))
 
 
-@register_kernel("bitsandbytes::gemm_4bit", "default")
+@default_kernel("bitsandbytes::gemm_4bit")
 def _(
     A: Tensor,
     B: Tensor,
@@ -151,4 +150,4 @@ def linear_4bit(A: Tensor, B: Tensor, absmax: Tensor, layout: int, *rest: Tensor
 
 
 for _name in ("linear_4bit", "linear_4bit.nested", "linear_4bit.forward", "linear_4bit.nested_forward"):
-    register_kernel(f"bitsandbytes::{_name}", "default")(linear_4bit)
+    default_kernel(f"bitsandbytes::{_name}")(linear_4bit)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ... import _checks as check
-from ..._ops import register_kernel
 from ..._ops_optim import (
     BLOCK,
     MOMENTUM,
@@ -22,7 +21,7 @@ from ..._ops_optim import (
     check_update_32bit,
     first_states,
 )
-from ..utils import nearest_codes
+from ..utils import default_kernel, nearest_codes
 from .stochastic import rounded_stochastically
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -237,7 +236,7 @@ def _step(
         state.store(torch.where(takes_part, new, old))
 
 
-@register_kernel("bitsandbytes::optimizer_update_32bit", "default")
+@default_kernel("bitsandbytes::optimizer_update_32bit")
 def _(
     optimizer_name: str,
     g: Tensor,
@@ -266,7 +265,7 @@ def _(
     _step(config, p, g, states, step, unorm_vec, 0, gnorm_scale, param_norm)
 
 
-@register_kernel("bitsandbytes::optimizer_update_8bit_blockwise", "default")
+@default_kernel("bitsandbytes::optimizer_update_8bit_blockwise")
 def _(
     optimizer_name: str,
     g: Tensor,
@@ -295,7 +294,7 @@ def _(
     _step(config, p, g, states, step, gnorm_scale=gnorm_scale)
 
 
-@register_kernel("bitsandbytes::optimizer_step", "default")
+@default_kernel("bitsandbytes::optimizer_step")
 def _(
     optimizer_name: str,
     p: Sequence[Tensor],
