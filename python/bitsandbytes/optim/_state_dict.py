@@ -19,8 +19,13 @@ _LARGEST = torch.finfo(torch.float32).max
 TORCH_OPTION = "differentiable"  # that torch adds to the defaults of an optimizer when it is loaded, not to its groups
 
 
-def wrap(entry: Mapping[Any, Any], keys: Iterable[str]) -> dict[Any, Any]:
-    """The state of a parameter with its `keys` in a dict of their own, which FSDP leaves as they are."""
+def wrap(entry: Any, keys: Iterable[str]) -> Any:
+    """The state of a parameter with its `keys` in a dict of their own, which FSDP leaves as they are.
+
+    What a user keeps beside the states of parameters may be anything, and stays.
+    """
+    if not isinstance(entry, Mapping):
+        return entry
     inner = {k: v for k, v in entry.items() if k in keys}
     outer = {k: v for k, v in entry.items() if k not in keys}
     return outer | ({QUANT_STATE_KEY: inner} if inner else {})
