@@ -87,7 +87,7 @@ std::vector<float> create_4bit_map(std::string_view name) {
 std::vector<float> create_dynamic_map(bool is_signed, int max_exponent_bits, int total_bits) {
   const Checker check("create_dynamic_map");
   check_bits(check, total_bits);
-  check.that(max_exponent_bits >= 0 && max_exponent_bits <= 16, "max_exponent_bits", max_exponent_bits, "0 to 16");
+  check.that(max_exponent_bits >= 0 && max_exponent_bits <= 255, "max_exponent_bits", max_exponent_bits, "0 to 255");
   const int fraction_bits = total_bits - 1 - max_exponent_bits;  // of the smallest decade; negative: decades that hold nothing come first
   std::vector<float> values = {0.0f, 1.0f};
   const auto add_means = [&](int count, int decade) {

@@ -49,24 +49,36 @@ SCHEMAS = {
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"bitsandbytes::{_name}", _schema)
 
+# Made on the CPU, whatever device the map is for: `numbers` are the arguments of the maker in bnb/codebook.h.
+CPU_SCHEMAS = {"create_map": "(Tensor! out, str name, float[] numbers) -> ()"}
+
+for _name, _schema in CPU_SCHEMAS.items():
+    torch.library.define(f"bitsandbytes::{_name}", _schema)
+
 SCHEMAS |= _ops_int8.SCHEMAS | _ops_optim.SCHEMAS  # defined there
 
 
 def check_packed(op: str, name: str, packed: torch.Tensor, n: int) -> None:
-    """`packed`, of any storage dtype, must hold the 4-bit codes of n elements."""
+    """`packed`, of any storage dtype, must hold the 4-bit codes of n elements and nothing else."""
     check.dtype(op, name, packed, *check.STORAGES)
-    check.at_least(op, name, packed.numel() * packed.element_size(), (n + 1) // 2, "bytes")
+    item = packed.element_size()
+    check.exactly(op, name, packed.numel() * item, check.blocks((n + 1) // 2, item) * item, "bytes")
 
 
 def check_absmax(op: str, absmax: torch.Tensor, n: int, blocksize: int) -> None:
     check.one_of(op, "blocksize", blocksize, check.BLOCKSIZES)
     check.dtype(op, "absmax", absmax, torch.float32)
-    check.at_least(op, "absmax", absmax.numel(), check.blocks(n, blocksize))
+    check.exactly(op, "absmax", absmax.numel(), check.blocks(n, blocksize))
 
 
 def check_code(op: str, code: torch.Tensor, entries: int = check.CODES) -> None:
     check.dtype(op, "code", code, torch.float32)
     check.equal(op, "code", "size", code.numel(), entries)
+
+
+@register_fake("bitsandbytes::create_map")
+def _(out: torch.Tensor, name: str, numbers: Sequence[float]) -> None:
+    check.dtype("create_map", "out", out, torch.float32)
 
 
 @register_fake("bitsandbytes::quantize_4bit")
@@ -130,7 +142,7 @@ def _(
 @register_fake("bitsandbytes::quantize_blockwise")
 def _(A: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     check.dtype("quantize_blockwise", "A", A, *check.FLOATS)
-    check.one_of("quantize_blockwise", "blocksize", blocksize, check.BLOCKSIZES)
+    check.blockwise_blocksize("quantize_blockwise", blocksize, A.device)
     check_code("quantize_blockwise", code)
     check.same_device("quantize_blockwise", A.device, code=code)
     absmax = A.new_empty((check.blocks(A.numel(), blocksize),), dtype=torch.float32)
@@ -143,7 +155,9 @@ def check_dequantize_blockwise(
     op = "dequantize_blockwise"
     check.dtype(op, "A", A, torch.uint8)
     check.one_of(op, "dtype", dtype, check.FLOATS)
-    check_absmax(op, absmax, A.numel(), blocksize)
+    check.blockwise_blocksize(op, blocksize, A.device)
+    check.dtype(op, "absmax", absmax, torch.float32)
+    check.exactly(op, "absmax", absmax.numel(), check.blocks(A.numel(), blocksize))
     check_code(op, code)
     check.same_device(op, A.device, absmax=absmax, code=code)
 
@@ -233,7 +247,7 @@ def check_gemm_4bit(
             raise ValueError(f"{op}: absmax_8bit is given, expected absmax_code and absmax_offset with it")
         check.one_of(op, "blocksize", blocksize, check.BLOCKSIZES)
         check.dtype(op, "absmax_8bit", absmax_8bit, torch.uint8)
-        check.at_least(op, "absmax_8bit", absmax_8bit.numel(), check.blocks(n, blocksize))
+        check.exactly(op, "absmax_8bit", absmax_8bit.numel(), check.blocks(n, blocksize))
         check_absmax(op, absmax, check.blocks(n, blocksize), 256)
         check.dtype(op, "absmax_code", absmax_code, torch.float32)
         check.equal(op, "absmax_code", "size", absmax_code.numel(), check.CODES)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ._ops import SCHEMAS
+from ._ops import CPU_SCHEMAS, SCHEMAS
 from .consts import DYNAMIC_LIBRARY_SUFFIX as DYNAMIC_LIBRARY_SUFFIX
 from .consts import PACKAGE_DIR
 from .cuda_specs import CUDASpecs
@@ -60,7 +60,8 @@ class Native:
     def missing(self) -> list[str]:
         """Operators that have no kernel for this kind of device."""
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        return [name for name in SCHEMAS if not has_kernel(f"bitsandbytes::{name}", self.key)]
+        names = [*SCHEMAS, *CPU_SCHEMAS] if self.device_type == "cpu" else SCHEMAS
+        return [name for name in names if not has_kernel(f"bitsandbytes::{name}", self.key)]
 
 
 CPU = Native("cpu", "the CPU", "reinstalling bitsandbytes for this platform and version of torch may help")

@@ -74,11 +74,32 @@ struct Cpu {
   }
 };
 
+// A map of bnb/codebook.h: the name of its maker and the numbers that it takes.
+void create_map(const Tensor& out, const Str& name, const std::vector<double>& numbers) {
+  const Args<Cpu> args("create_map", out);
+  const std::string_view kind = name;
+  const auto number = [&](size_t i) {
+    args.that(i < numbers.size(), "numbers", std::to_string(numbers.size()) + " elements", "all that the maker takes");
+    return numbers[i];
+  };
+  const auto whole = [&](size_t i) { return static_cast<int>(std::clamp(number(i), -1e9, 1e9)); };
+  const auto values = [&] {
+    if (kind == "dynamic") return create_dynamic_map(whole(0) != 0, whole(1), whole(2));
+    if (kind == "linear") return create_linear_map(whole(0) != 0, whole(1), whole(2) != 0);
+    if (kind == "normal") return create_normal_map(number(0), whole(1) != 0);
+    if (kind == "fp8") return create_fp8_map(whole(0) != 0, whole(1), whole(2), whole(3));
+    return create_4bit_map(kind);
+  }();
+  args.check_output(out, ScalarType::Float, std::array{std::ssize(values)});
+  std::ranges::copy(values, write<float>(out).data());
+}
+
 STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) {
   set_parallel_for(torch_parallel);
   register_kernels<Cpu>(m);
   register_int8<Cpu>(m);
   register_optimizers<Cpu>(m);
+  m.impl("create_map", Boxed<create_map>::call);
 }
 
 }  // namespace

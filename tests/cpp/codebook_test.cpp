@@ -73,6 +73,16 @@ TEST(Codebook, OtherMaps) {
   }
 }
 
+// The least splits of bits: one exponent or none, all bits a linear fraction.
+TEST(Codebook, SmallestSplits) {
+  for (const auto& map : {create_dynamic_map(true, 1, 1), create_dynamic_map(true, 0, 1), create_dynamic_map(false, 0, 1)}) {
+    EXPECT_EQ(std::ranges::count(map, 0.0f), 255);
+    EXPECT_EQ(map.back(), 1.0f);
+  }
+  const auto map = create_fp8_map(false, 0, 8, 8);
+  for (int i = 0; i < 256; ++i) EXPECT_NEAR(map[static_cast<size_t>(i)], i / 255.0, 1e-7) << i;
+}
+
 TEST(Codebook, FourBitMapsByName) {
   for (const auto* map : {"nf4", "fp4", "int4", "af4"}) {
     const auto values = create_4bit_map(map);

@@ -36,6 +36,7 @@ SCHEMAS = [
     )
 ]
 OWN = {"bitsandbytes::linear_4bit", "bitsandbytes::linear_4bit.nested"}
+ON_THE_CPU = {"bitsandbytes::create_map"}  # whatever device its result is for
 
 
 def overload(qualified: str) -> torch._ops.OpOverload:
@@ -44,7 +45,8 @@ def overload(qualified: str) -> torch._ops.OpOverload:
 
 
 def registered() -> list[str]:
-    return sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bitsandbytes::"))
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(n for n in names if n.startswith("bitsandbytes::") and n not in ON_THE_CPU)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: s.partition("(")[0].removeprefix("bitsandbytes::"))
@@ -111,6 +113,19 @@ def opcheck_cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def test_create_map_is_one_for_all_devices() -> None:
+    for name, numbers in (("dynamic", [1, 7, 8]), ("linear", [0, 5, 1]), ("normal", [0.95, 1]), ("fp8", [1, 4, 3, 8])):
+        args = (torch.empty(256), name, [float(n) for n in numbers])
+        torch.library.opcheck(ops.create_map.default, args, test_utils=OPCHECKS)
+    for wrong in (torch.empty(255), torch.empty(256).double(), torch.empty(16, 16), torch.empty(512)[::2]):
+        with pytest.raises(ValueError, match="create_map: out is"):
+            ops.create_map(wrong, "dynamic", [1.0, 7.0, 8.0])
+    with pytest.raises(ValueError, match="create_4bit_map: name is"):
+        ops.create_map(torch.empty(16), "int5", [])
+    with pytest.raises(ValueError, match="create_map: numbers"):
+        ops.create_map(torch.empty(256), "fp8", [1.0])
 
 
 def is_product(name: str) -> bool:
@@ -185,9 +200,10 @@ def test_out_may_not_lie_in_an_input(shift: int) -> None:
     code = F.get_4bit_type("nf4", device="cpu")
     with pytest.raises(ValueError, match="gemm_4bit: out is in the memory of a"):
         ops.gemv_4bit.out(a, packed, [64, 64], absmax, code, 64, out)
-    floats = packed.view(-1).view(torch.float32)[:64].view(8, 8)
+    buffer = torch.zeros(256, dtype=torch.uint8)
+    floats = buffer.view(torch.float32).view(8, 8)
     with pytest.raises(ValueError, match="dequantize_4bit: out is in the memory of codes"):
-        ops.dequantize_4bit.out(packed, absmax, 64, "nf4", [8, 8], torch.float32, floats)
+        ops.dequantize_4bit.out(buffer[:32], absmax[:1], 64, "nf4", [8, 8], torch.float32, floats)
     codes, memory = torch.randint(256, (64,), dtype=torch.uint8), torch.randn(256 + 64)
     with pytest.raises(ValueError, match="dequantize_blockwise: out is in the memory of code"):
         ops.dequantize_blockwise.out(codes, torch.ones(1), memory[:256], 64, torch.float32, memory[255:319])

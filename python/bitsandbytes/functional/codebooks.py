@@ -1,26 +1,26 @@
 """The maps from codes to values: 256 entries for 8 bits, 16 for 4 bits, scaled to [-1, 1]."""
 
-import itertools
-from collections.abc import Iterable
-
 import torch
 
+from .. import _checks as check
 from ..backends.utils import CODE
 
 name2qmap: dict[str, torch.Tensor] = {}  # "dynamic": the signed dynamic map on the CPU, made on first use
 
-_ENTRIES = 256
+
+def _values(name: str, entries: int, **numbers: float) -> torch.Tensor:
+    """A map of bnb/codebook.h on the CPU, by the name of its maker and the numbers it takes."""
+    out = torch.empty(entries, dtype=torch.float32, device="cpu")
+    torch.ops.bitsandbytes.create_map.default(out, name, [float(min(max(n, -1e9), 1e9)) for n in numbers.values()])
+    return out
 
 
-def _check(op: str, ok: bool, name: str, given: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{op}: {name} is {given}, expected {expected}")
-
-
-def _padded(values: Iterable[float]) -> torch.Tensor:
-    """Ascending values, filled up with zeros to 256."""
-    values = list(values)
-    return torch.tensor(sorted(values + [0.0] * (_ENTRIES - len(values))), dtype=torch.float32)
+def _map(name: str, **numbers: float) -> torch.Tensor:
+    for argument, value in numbers.items():
+        if not isinstance(value, int | float if argument == "offset" else int):
+            kind = "a number" if argument == "offset" else "a whole number"
+            raise ValueError(f"create_{name}_map: {argument} is {value!r}, expected {kind}")
+    return _values(name, check.CODES, **numbers).to(torch.get_default_device())  # where torch.tensor would make it
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> torch.Tensor:
@@ -28,13 +28,11 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
 
     With `add_zero`, or below 8 bits, a signed map has one step less, so that zero is one of them. Values that 256
     entries leave over are zeros between the lower and the upper half.
+
+    Raises:
+        ValueError: total_bits is none of 1 to 8.
     """
-    _check("create_linear_map", 1 <= total_bits <= 8, "total_bits", total_bits, "1 to 8")
-    steps = 2**total_bits - (1 if signed and (add_zero or total_bits < 8) else 0)
-    values = torch.linspace(-1.0 if signed else 0.0, 1.0, steps)
-    half = steps // 2
-    zeros = torch.zeros(_ENTRIES - steps)
-    return torch.cat((values[:half], zeros, values[half:])) if len(zeros) else values
+    return _map("linear", signed=bool(signed), total_bits=total_bits, add_zero=bool(add_zero))
 
 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> torch.Tensor:
@@ -43,14 +41,11 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
 
     `offset` is the probability below the largest value; with `use_extra_value` there are 8 positive values instead of
     7, besides 7 negative ones and zeros.
+
+    Raises:
+        ValueError: offset is not between 0.5 and 1.
     """
-    _check("create_normal_map", 0.5 < offset < 1, "offset", offset, "between 0.5 and 1")
-    positive, negative = (
-        torch.special.ndtri(torch.linspace(offset, 0.5, steps)[:-1].double()).tolist()
-        for steps in (9 if use_extra_value else 8, 8)
-    )
-    values = _padded([*positive, *(-v for v in negative)])
-    return values / values.max()
+    return _map("normal", offset=offset, use_extra_value=bool(use_extra_value))
 
 
 def create_fp8_map(
@@ -59,22 +54,15 @@ def create_fp8_map(
     """Floating point numbers of the given split of bits, subnormals included. Returns 256 fp32 values, ascending.
 
     Raises:
-        ValueError: sign, exponent and precision bits do not add up to total_bits.
+        ValueError: sign, exponent and precision bits do not add up to total_bits, or do not make a map.
     """
-    op = "create_fp8_map"
-    _check(op, 1 <= total_bits <= 8, "total_bits", total_bits, "1 to 8")
-    _check(op, 1 <= exponent_bits <= 7, "exponent_bits", exponent_bits, "1 to 7")
-    _check(op, precision_bits >= 0, "precision_bits", precision_bits, "0 or more")
-    used = int(signed) + exponent_bits + precision_bits
-    _check(op, used == total_bits, "sum of sign, exponent_bits and precision_bits", used, f"total_bits = {total_bits}")
-    bias = 2 ** (exponent_bits - 1)
-    values = []
-    for exponent, mantissa in itertools.product(range(2**exponent_bits), range(2**precision_bits)):
-        fraction = mantissa / 2**precision_bits
-        value = (1 + fraction) * 2.0 ** (exponent - bias + 1) if exponent else fraction * 2.0**-bias
-        values += [value, -value] if signed else [value]
-    table = _padded(values)
-    return table / table.max()
+    return _map(
+        "fp8",
+        signed=bool(signed),
+        exponent_bits=exponent_bits,
+        precision_bits=precision_bits,
+        total_bits=total_bits,
+    )
 
 
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> torch.Tensor:
@@ -87,34 +75,10 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     Raises:
         ValueError: the split of bits does not give 2^total_bits values.
     """
-    op = "create_dynamic_map"
-    _check(op, 2 <= total_bits <= 8, "total_bits", total_bits, "2 to 8")
-    _check(op, 1 <= max_exponent_bits <= 8, "max_exponent_bits", max_exponent_bits, "1 to 8")
-    spare_bits = total_bits - 1 - max_exponent_bits
-    fractions = [2.0 ** (i + spare_bits + (not signed)) for i in range(max_exponent_bits)]
-    rows = list(zip(fractions, range(1 - max_exponent_bits, 1), strict=True))
-    if spare_bits > 0:
-        rows.append((2**spare_bits - 1, 0))
-    values = [0.0, 1.0]
-    for count, exponent in rows:
-        bounds = torch.linspace(0.1, 1, int(count) + 1)
-        means = (10**exponent * (bounds[:-1] + bounds[1:]) / 2.0).tolist()
-        values += means + [-m for m in means] if signed else means
-    _check(op, len(values) == 2**total_bits, "number of values", len(values), f"{2**total_bits} for this split of bits")
-    return _padded(values)
+    return _map("dynamic", signed=bool(signed), max_exponent_bits=max_exponent_bits, total_bits=total_bits)
 
 
-# Maps that are not formats of their own: integers, and AF4 (abnormal floats, arXiv 2306.06965).
-# fmt: off
-_OTHER_4BIT = {
-    "int4": (7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7),
-    "af4": (
-        1.0, 0.7242486476898193, 0.5549623370170593, 0.4256388247013092, 0.3167566657066345, 0.2196127474308014,
-        0.12934483587741852, 0.0427316389977932, 0.0, -0.049348119646310806, -0.14982478320598602,
-        -0.25607553124427795, -0.37369510531425476, -0.5124374032020569, -0.6944100856781006, -1.0,
-    ),
-}
-# fmt: on
+_OTHER_4BIT = ("int4", "af4")  # integers, and abnormal floats (arXiv 2306.06965): maps that are not formats
 
 
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> torch.Tensor:
@@ -133,5 +97,4 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     if typename not in _OTHER_4BIT:
         known = ", ".join([*CODE, *_OTHER_4BIT])
         raise NotImplementedError(f"get_4bit_type: typename is {typename!r}, expected one of {known}")
-    values = torch.tensor(_OTHER_4BIT[typename], dtype=torch.float32, device=device)
-    return values / values.abs().max()
+    return _values(typename, 16).to(device)
