@@ -12,9 +12,11 @@ namespace {
 
 // f on ranges of the blocks of n elements, which become `bytes` at `out`.
 template <class F> void for_blocks(int64_t n, int64_t blocksize, void* out, int64_t bytes, F&& f) {
+  if (n == 0) return;
+  blocksize = std::min(blocksize, n);
   const cpu::OutputPages pages(out, bytes);
   const auto stores = pages.streams() ? cpu::Stores::streaming : cpu::Stores::cached;
-  const int64_t blocks = blocks_of(n, blocksize), block_bytes = blocksize * bytes / std::max<int64_t>(1, n);
+  const int64_t blocks = blocks_of(n, blocksize), block_bytes = blocksize * bytes / n;
   parallel_for(blocks, grain_of(kGrainElements, blocksize), [&](int64_t begin, int64_t end) {
     pages.map(begin * block_bytes, end * block_bytes);
     f(cpu::Range{begin, end}, stores);

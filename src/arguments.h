@@ -33,7 +33,7 @@ template <class D> Checker check_4bit(std::string_view op, const D& d, std::stri
 }
 template <class D> Checker check_blockwise(std::string_view op, const D& d, std::string_view argument, const ConstView& elements) {
   const Checker check(op);
-  check.blocksize(d.blocksize);
+  check.any_blocksize(d.blocksize);
   const Memory x = check.view(argument, elements), code = check.size("code", d.code, 256);
   const Memory codes = check.size("codes", d.codes, elements.size);
   const Memory absmax = check.size("absmax", d.absmax, blocks_of(elements.size, d.blocksize));

@@ -106,6 +106,8 @@ class Checker {
     that(given >= kMinBlocksize && given <= kMaxBlocksize && (given & (given - 1)) == 0, argument, given, "a power of two from 32 to 4096");
   }
 
+  void any_blocksize(int64_t given) const { that(given >= 1, "blocksize", given, "1 or more"); }
+
   void ascending(std::string_view argument, std::span<const float> values) const {
     for (size_t i = 1; i < values.size(); ++i)
       if (!(values[i - 1] <= values[i])) [[unlikely]]

@@ -3,7 +3,8 @@
 // A tensor is read as one flat row of n elements, cut into blocks of `blocksize` (the last may be shorter). Of each block
 //   absmax = max |x|   and   t = x * (1 / absmax), both rounded to fp32,
 // and t is replaced by the number of its nearest code. The inverse is x' = value[code] * absmax, rounded once to the output type.
-// NaN and infinity: a block that holds one has that absmax; see docs/NUMERICS.md for the codes.
+// NaN and infinity: a block that holds one has that absmax; see docs/NUMERICS.md for the codes. A block with a NaN in absmax decodes to
+// that NaN, made quiet.
 //
 // All functions: any n >= 0; work is spread by parallel_for (bnb/parallel.h) and the bytes do not depend on the number of threads or on the
 // instruction set. Errors: bnb::Error{invalid_argument} for sizes that do not fit and for an output that lies in an input or in another
@@ -17,7 +18,9 @@
 
 namespace bnb {
 
-inline constexpr int64_t kMinBlocksize = 32, kMaxBlocksize = 4096;  // powers of two between these
+// 4 bits, and 8 bits on a GPU, take powers of two between these. 8 bits on the CPU take any blocksize of 1 or more; multiples of 32 are
+// fastest, and one block is never shared by threads.
+inline constexpr int64_t kMinBlocksize = 32, kMaxBlocksize = 4096;
 
 constexpr int64_t blocks_of(int64_t n, int64_t blocksize) { return n / blocksize + (n % blocksize != 0); }
 constexpr int64_t packed_size(int64_t n) { return n / 2 + (n % 2 != 0); }  // bytes of n 4-bit codes

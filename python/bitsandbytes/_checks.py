@@ -55,6 +55,10 @@ def at_least(op: str, name: str, given: int, needed: int, unit: str = "elements"
     torch._check_value(given >= needed, lambda: f"{op}: {name} has {given} {unit}, expected at least {needed}")
 
 
+def exactly(op: str, name: str, given: int, expected: int, unit: str = "elements") -> None:
+    torch._check_value(given == expected, lambda: f"{op}: {name} has {given} {unit}, expected {expected}")
+
+
 def equal(op: str, name: str, what: str, given: Any, expected: Any) -> None:
     torch._check_value(given == expected, lambda: f"{op}: {name} has {what} {given}, expected {expected}")
 
@@ -64,6 +68,14 @@ def out_like(op: str, out: torch.Tensor, shape: Sequence[int], out_dtype: torch.
     same_device(op, device, out=out)
     if tuple(out.shape) != tuple(shape):
         raise ValueError(f"{op}: out has shape {tuple(out.shape)}, expected {tuple(shape)}")
+
+
+def blockwise_blocksize(op: str, blocksize: Any, device: torch.device) -> None:
+    """Of 8-bit codes: any on the CPU and in plain torch; CUDA kernels have a list."""
+    if device.type == "cuda":
+        one_of(op, f"blocksize on {device}", blocksize, BLOCKSIZES)
+    elif isinstance(blocksize, bool) or not isinstance(blocksize, int | torch.SymInt) or not 1 <= blocksize < 2**63:
+        raise ValueError(f"{op}: blocksize is {blocksize!r}, expected a whole number of 1 or more")
 
 
 def blocks(n: int, blocksize: int) -> int:

@@ -20,18 +20,32 @@ def pack_dict_to_tensor(source_dict: dict[str, Any]) -> torch.Tensor:
     return torch.tensor(list(json.dumps(source_dict).encode()), dtype=torch.uint8)
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it has the key {key[:40]!r} twice")
+        found[key] = value
+    return found
+
+
 def unpack_tensor_to_dict(tensor_data: torch.Tensor) -> dict[str, Any]:
     """The inverse of pack_dict_to_tensor.
 
     Raises:
         ValueError: the bytes are not the JSON text of a dict.
     """
+    op = "unpack_tensor_to_dict"
     if tensor_data.dtype != torch.uint8:
-        raise ValueError(f"unpack_tensor_to_dict: tensor_data has dtype {tensor_data.dtype}, expected torch.uint8")
+        raise ValueError(f"{op}: tensor_data has dtype {tensor_data.dtype}, expected torch.uint8")
+    if tensor_data.is_meta:
+        raise ValueError(f"{op}: tensor_data is on the meta device, expected one that holds data")
     try:
-        unpacked = json.loads(bytes(tensor_data.flatten().tolist()))
+        unpacked = json.loads(bytes(tensor_data.flatten().tolist()), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError(f"{op}: tensor_data is not JSON text of a dict: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"unpack_tensor_to_dict: tensor_data is not JSON text: {error}") from error
+        raise ValueError(f"{op}: tensor_data is not JSON text: {error}") from error
     if not isinstance(unpacked, dict):
         raise ValueError(f"unpack_tensor_to_dict: tensor_data holds a {type(unpacked).__name__}, expected a dict")
     return unpacked

@@ -181,9 +181,20 @@ template <class Device> struct Args : Checker {
       if (t == s) return;
     fail(argument, std::string("of dtype ") + name_of(t), "an integer or floating point dtype of at most 64 bits");
   }
-  Tensor packed(std::string_view argument, const Tensor& t) const {
+  // As many items as hold the codes of n elements, no more: a longer tensor is another weight's, or was cast.
+  Tensor packed(std::string_view argument, const Tensor& t, int64_t n) const {
     present(argument, t);
-    storage(argument, type_of(t));
+    const ScalarType type = type_of(t);
+    storage(argument, type);
+    const int64_t item = item_size(type), given = t.numel() * item, expected = blocks_of(packed_size(n), item) * item;
+    if (given != expected) [[unlikely]]
+      fail(argument, std::to_string(given) + " bytes", std::to_string(expected) + " for " + std::to_string(n) + " elements");
+    return input(argument, t);
+  }
+  // Scales of blocks, one for each.
+  Tensor absmax(std::string_view argument, const Tensor& t, int64_t n, int64_t blocksize, ScalarType wanted = ScalarType::Float) const {
+    type(argument, t, wanted);
+    equal(argument, t.numel(), blocks_of(n, blocksize), "one for each block");
     return input(argument, t);
   }
   Tensor map(std::string_view argument, const Tensor& t) const {
@@ -211,19 +222,16 @@ template <class Device> struct Bias {
   }
 };
 
-template <class T> std::span<const T> read(const Tensor& t) {
-  const auto n = static_cast<size_t>(t.numel());
-  return {n ? static_cast<const T*>(t.const_data_ptr()) : nullptr, n};
+// `n` of them, if the caller has counted them already.
+template <class T> std::span<const T> read(const Tensor& t, int64_t n) {
+  return {n ? static_cast<const T*>(t.const_data_ptr()) : nullptr, static_cast<size_t>(n)};
 }
+template <class T> std::span<const T> read(const Tensor& t) { return read<T>(t, t.numel()); }
 template <class T> std::span<T> write(const Tensor& t) {
   const auto n = static_cast<size_t>(t.numel());
   return {n ? static_cast<T*>(t.mutable_data_ptr()) : nullptr, n};
 }
 
-inline std::span<const uint8_t> bytes(const Tensor& t) {
-  const int64_t n = t.numel() * item_size(type_of(t));
-  return {n ? static_cast<const uint8_t*>(t.const_data_ptr()) : nullptr, static_cast<size_t>(n)};
-}
 inline std::span<uint8_t> mutable_bytes(const Tensor& t) {
   const int64_t n = t.numel() * item_size(type_of(t));
   return {n ? static_cast<uint8_t*>(t.mutable_data_ptr()) : nullptr, static_cast<size_t>(n)};

@@ -26,10 +26,12 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a, int64_t blocksize, con
 template <class Device>
 void dequantize_4bit_into(const Args<Device>& args, const Tensor& a, const Tensor& absmax, int64_t blocksize, const Str& quant_type,
                           const Sizes& shape, ScalarType dtype, const Tensor& out) {
-  const Tensor codes = args.packed("A", a), scales = args.floats("absmax", absmax);
-  args.elements("shape", shape);
+  const int64_t n = args.elements("shape", shape);
+  args.blocksize(blocksize);
+  const Tensor codes = args.packed("A", a, n), scales = args.absmax("absmax", absmax, n, blocksize);
   const View y = args.output(out, dtype, shape);
-  args.device.dequantize_4bit({args.quant_type(quant_type), blocksize, bytes(codes), read<float>(scales), y});
+  args.device.dequantize_4bit(
+      {args.quant_type(quant_type), blocksize, read<uint8_t>(codes, packed_size(n)), read<float>(scales, blocks_of(n, blocksize)), y});
 }
 
 template <class Device>
@@ -38,7 +40,7 @@ Tensor dequantize_4bit(const Tensor& a, const Tensor& absmax, int64_t blocksize,
   const Args<Device> args("dequantize_4bit", a);
   args.float_type("dtype", dtype);
   const int64_t n = args.elements("shape", shape);
-  args.size("A", bytes(args.packed("A", a)), packed_size(n));  // before memory of that size is asked for
+  args.packed("A", a, n);  // before memory of that size is asked for
   const Tensor out = new_empty(args, a, shape, dtype);
   dequantize_4bit_into(args, a, absmax, blocksize, quant_type, shape, dtype, out);
   return out;
@@ -53,7 +55,7 @@ void dequantize_4bit_out(const Tensor& a, const Tensor& absmax, int64_t blocksiz
 template <class Device> std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& a, const Tensor& code, int64_t blocksize) {
   const Args<Device> args("quantize_blockwise", a);
   const Tensor x = args.input("A", a), map = args.map("code", code);
-  args.blocksize(blocksize);
+  args.any_blocksize(blocksize);
   const ConstView values = args.values("A", x);
   const Tensor out = new_empty(args, x, sizes(x), ScalarType::Byte);
   const Tensor absmax = new_empty(args, x, std::array{blocks_of(values.size, blocksize)}, ScalarType::Float);
@@ -65,7 +67,8 @@ template <class Device>
 void dequantize_blockwise_into(const Args<Device>& args, const Tensor& a, const Tensor& absmax, const Tensor& code, int64_t blocksize,
                                ScalarType dtype, const Tensor& out) {
   args.type("A", a, ScalarType::Byte);
-  const Tensor codes = args.input("A", a), scales = args.floats("absmax", absmax), map = args.map("code", code);
+  args.any_blocksize(blocksize);
+  const Tensor codes = args.input("A", a), scales = args.absmax("absmax", absmax, a.numel(), blocksize), map = args.map("code", code);
   const View y = args.output(out, dtype, codes.sizes());
   args.device.dequantize_blockwise({blocksize, read<float>(map), read<uint8_t>(codes), read<float>(scales), y});
 }
@@ -104,25 +107,28 @@ template <class Device> struct Product {
   // absmax: of the blocks, or, if there is absmax_8bit, of its blocks.
   Owned multiply(const Tensor& b, const Tensor& absmax, const std::optional<Tensor>& bias, const Tensor* absmax_8bit = nullptr,
                  const Tensor* absmax_code = nullptr, const Tensor* absmax_offset = nullptr) {
-    const Tensor codes = args.packed("B", b), scales = args.floats("absmax", absmax);
-    d.codes = bytes(codes);
+    args.blocksize(d.blocksize);
+    const int64_t weights = args.product("shapeB", d.n, d.k), blocks = blocks_of(weights, d.blocksize);
+    const Tensor codes = args.packed("B", b, weights);
+    const Tensor scales = absmax_8bit ? args.absmax("absmax", absmax, blocks, d.absmax.nested_blocksize)
+                                      : args.absmax("absmax", absmax, weights, d.blocksize);
+    d.codes = read<uint8_t>(codes, packed_size(weights));
     const Bias<Device> kept_bias(args, bias, d.n);
     d.bias = kept_bias.view;
     std::optional<Tensor> kept_8bit, kept_code, kept_offset;  // contiguous copies live as long as the call
     if (absmax_8bit) {
       if (!absmax_code || !absmax_offset) args.fail("absmax_8bit", "given alone", "absmax_code and absmax_offset beside it");
-      args.type("absmax_8bit", *absmax_8bit, ScalarType::Byte);
-      kept_8bit = args.input("absmax_8bit", *absmax_8bit);
+      kept_8bit = args.absmax("absmax_8bit", *absmax_8bit, weights, d.blocksize, ScalarType::Byte);
       kept_code = args.map("absmax_code", *absmax_code);
       kept_offset = args.floats("absmax_offset", *absmax_offset);
       args.count("absmax_offset", *kept_offset, 1, "one value");
-      d.absmax.codes = read<uint8_t>(*kept_8bit);
-      d.absmax.code = read<float>(*kept_code);
-      d.absmax.nested = read<float>(scales);
+      d.absmax.codes = read<uint8_t>(*kept_8bit, blocks);
+      d.absmax.code = read<float>(*kept_code, 256);
+      d.absmax.nested = read<float>(scales, blocks_of(blocks, d.absmax.nested_blocksize));
       args.device.set_offset(d.absmax, *kept_offset);
     } else {
       if (absmax_code || absmax_offset) args.fail(absmax_code ? "absmax_code" : "absmax_offset", "given alone", "absmax_8bit beside it");
-      d.absmax.values = read<float>(scales);
+      d.absmax.values = read<float>(scales, blocks);
     }
     return run();
   }
@@ -132,9 +138,7 @@ template <class Device> struct Product {
     return s;
   }
   Owned run() {
-    args.product("shapeB", d.n, d.k);
     const int64_t size = args.product("out", d.m, d.n);
-    args.size("B", d.codes, packed_size(d.n * d.k));
     Owned out = new_owned(args, a, shape(), type_of(a));
     View y{nullptr, d.a.dtype, size};
     if (size != 0) TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(out.get(), &y.data));
@@ -207,11 +211,13 @@ auto gemv_4bit_with(const Tensor& a, const Tensor& b, const Sizes& shape_b, cons
                     auto&& run) {
   const Args<Device> args("gemv_4bit", a);
   Product<Device> product(args, a, shape_b);
-  const Tensor codes = args.packed("B", b), scales = args.floats("absmax", absmax);
+  args.blocksize(blocksize);
+  const int64_t weights = args.product("shapeB", product.d.n, product.d.k);
+  const Tensor codes = args.packed("B", b, weights), scales = args.absmax("absmax", absmax, weights, blocksize);
   product.d.type = type_of_code(args, code);
   product.d.blocksize = blocksize;
-  product.d.codes = bytes(codes);
-  product.d.absmax.values = read<float>(scales);
+  product.d.codes = read<uint8_t>(codes, packed_size(weights));
+  product.d.absmax.values = read<float>(scales, blocks_of(weights, blocksize));
   return run(product);
 }
 

@@ -1,4 +1,5 @@
-// y[i] = value[code[i]] * absmax[i / blocksize] in fp32, rounded once to T.
+// y[i] = value[code[i]] * absmax[i / blocksize] in fp32, rounded once to T. A NaN in absmax is the result, whatever the value: which of two
+// NaN a multiplication passes on, and what becomes of one that is multiplied by a constant, differs between instruction sets.
 #pragma once
 
 #include "../formats.h"
@@ -13,21 +14,25 @@ template <class Isa> struct Dequantize {
   template <int per_byte, class Decode, class T>
   static void run(const Decode& decode, const uint8_t* codes, const float* absmax, T* out, int64_t size, int64_t blocksize, Range blocks) {
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      const int64_t begin = b * blocksize, left = size - begin;
+      const int64_t begin = b * blocksize, left = size - begin, count = left < blocksize ? left : blocksize,
+                    whole = count / kChunk * kChunk;
       const uint8_t* from = codes + begin / per_byte;
-      if (left >= blocksize) {
-        decode(from, blocksize, absmax[b], out + begin);
+      if (absmax[b] != absmax[b]) [[unlikely]] {
+        const T nan = rounded<T>(float_of(bits_of(absmax[b]) | kQuiet));
+        for (int64_t i = begin; i < begin + count; ++i) write(out + i, nan);
         continue;
       }
-      const int64_t whole = left / kChunk * kChunk;
       decode(from, whole, absmax[b], out + begin);
+      if (whole == count) [[likely]]
+        continue;
       uint8_t end[kChunk] = {};
       alignas(64) T last[kChunk];
-      __builtin_memcpy(end, from + whole / per_byte, static_cast<size_t>((left - whole + per_byte - 1) / per_byte));
+      __builtin_memcpy(end, from + whole / per_byte, static_cast<size_t>((count - whole + per_byte - 1) / per_byte));
       decode(end, kChunk, absmax[b], last);
-      __builtin_memcpy(out + begin + whole, last, static_cast<size_t>(left - whole) * sizeof(T));
+      __builtin_memcpy(out + begin + whole, last, static_cast<size_t>(count - whole) * sizeof(T));
     }
   }
+  static constexpr uint32_t kQuiet = 0x400000;  // the bit that makes a NaN a quiet one
 
   template <bool stream> static void blocks_4bit(const Dequantize4bit& d, Range blocks) {
     visit(d.type, [&](auto format) {
@@ -52,7 +57,7 @@ template <class Isa> struct Dequantize {
     });
   }
   static void run_blockwise(const DequantizeBlockwise& d, Stores stores, Range blocks) {
-    if (!streams(d.out, stores)) return blocks_blockwise<false>(d, blocks);
+    if (d.blocksize % kChunk || !streams(d.out, stores)) return blocks_blockwise<false>(d, blocks);
     blocks_blockwise<true>(d, blocks);
     Isa::fence();
   }

@@ -156,7 +156,7 @@ void dequantize_4bit(const Dequantize4bit& d, Stream stream) {
 }
 
 void dequantize_blockwise(const DequantizeBlockwise& d, Stream stream) {
-  check_arguments(d);
+  check_arguments(d).blocksize(d.blocksize, "blocksize on a CUDA device");
   launch_dequantize("dequantize_blockwise", d.codes.data(), d.absmax.data(), d.blocksize, d.out, Decode8{d.code.data()}, stream);
 }
 

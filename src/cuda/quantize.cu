@@ -254,7 +254,7 @@ void quantize_4bit(const Quantize4bit& d, Stream stream) {
 }
 
 void quantize_blockwise(const QuantizeBlockwise& d, Stream stream) {
-  check_arguments(d);
+  check_arguments(d).blocksize(d.blocksize, "blocksize on a CUDA device");
   launch_quantize("quantize_blockwise", d.x, d.blocksize, d.codes.data(), d.absmax.data(),
                   Encode8{d.code.data(), d.x.size / Encode8::kWorthBuckets >= dev::device().sms}, stream);
 }

@@ -137,6 +137,65 @@ TYPED_TEST(Blockwise, DoesNotDependOnThreads) {
   });
 }
 
+#if !defined(BNB_TEST_DEVICE)  // a GPU has a list of blocksizes, and NaN of its own
+TYPED_TEST(Blockwise, AnyBlocksize) {
+  for (const int64_t blocksize : {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{31}, int64_t{33}, int64_t{96}, int64_t{100}, int64_t{8192},
+                                  int64_t{16384}, int64_t{20001}, std::numeric_limits<int64_t>::max()})
+    for (const int64_t n : {0, 1, 31, 65, 1000, 20000})
+      for (const size_t offset : {0, 3}) {
+        const auto x = waves<TypeParam>(static_cast<uint64_t>(n), n);
+        for (const auto* name : {"dynamic", "dynamic unsigned", "random"}) this->check(name, maps().at(name), x, blocksize, offset);
+        this->check_dequantize(maps().at("dynamic"), n, blocksize, offset);
+      }
+  for (const int64_t blocksize : {100, 96, 1000000, 7})  // an output that goes past the caches where blocks are whole lines
+    this->check_dequantize(maps().at("random"), (int64_t{3} << 20) + 5, blocksize);
+  const auto x = waves<TypeParam>(17, 30011);
+  for (const int64_t blocksize : {1, 100, 16384}) {
+    const auto expected = reference::quantize_blockwise(reference::Nearest(maps().at("dynamic")), to_floats(x), blocksize);
+    for_each_schedule(
+        [&](std::string_view) { EXPECT_QUANTIZED(run_quantize_blockwise<TypeParam>(maps().at("dynamic"), x, blocksize), expected); });
+  }
+}
+
+template <class T> T quiet_nan(float x) {
+  const auto b = std::bit_cast<uint32_t>(x) | 0x400000;
+  if constexpr (std::is_same_v<T, float>) return std::bit_cast<float>(b);
+  const uint32_t sign = b >> 16 & 0x8000;
+  return from_bits<T>(std::is_same_v<T, Half> ? sign | 0x7e00 | (b >> 13 & 0x1ff) : b >> 16);
+}
+
+// A NaN in absmax is the result; else one in the map, made quiet. Signs and leading payloads stay.
+TYPED_TEST(Blockwise, NansKeepSignAndPayload) {
+  const std::vector<uint32_t> nans = {0x7fc00000, 0xffc00000, 0x7f800001, 0xff800001, 0x7fd23456, 0xffa5a5a5, 0x7fffffff, 0xffffffff};
+  std::vector<float> code = normals(5, 256), absmax = {1.0f, 0.0f, -0.0f, 3.0f, kInf, 1e-40f};
+  for (size_t i = 0; i < nans.size(); ++i) {
+    code[i * 31] = std::bit_cast<float>(nans[i]);
+    absmax.insert(absmax.begin() + static_cast<int64_t>(i) / 2 + 1, std::bit_cast<float>(nans[nans.size() - 1 - i]));
+  }
+  for (const int64_t blocksize : {32, 256, 5}) {
+    const auto n = std::ssize(absmax) * blocksize - 2;
+    auto codes = random_bytes(9, n);
+    for (size_t i = 0; i < codes.size(); ++i)
+      if (i % 3 == 0) codes[i] = static_cast<uint8_t>(i / 3 % nans.size() * 31);
+    std::vector<TypeParam> expected;
+    const auto of = [&](float value, float scale) {
+      if (std::isnan(scale)) return quiet_nan<TypeParam>(scale);
+      const float product = value * scale;
+      if (std::isnan(value)) return quiet_nan<TypeParam>(value);
+      return std::isnan(product) ? quiet_nan<TypeParam>(product) : rounded<TypeParam>(product);
+    };
+    for (size_t i = 0; i < codes.size(); ++i) expected.push_back(of(code[codes[i]], absmax[i / static_cast<size_t>(blocksize)]));
+    for_each_isa([&] { EXPECT_TRUE(same(run_dequantize_blockwise<TypeParam>(code, codes, absmax, blocksize), expected)) << blocksize; });
+    if (blocksize < 32) continue;
+    for (const auto type : kFormats) {
+      for (size_t i = 0; i < expected.size(); ++i)
+        expected[i] = of(reference::value_of(type, reference::nibble(codes, i)), absmax[i / static_cast<size_t>(blocksize)]);
+      for_each_isa([&] { EXPECT_TRUE(same(run_dequantize_4bit<TypeParam>(type, codes, absmax, n, blocksize), expected)) << name(type); });
+    }
+  }
+}
+#endif
+
 // Independent of the midpoints: no other code is nearer than the chosen one, by more than the rounding of a midpoint; 0.0 stays 0.0.
 TEST(BlockwiseMeaning, TheCodeIsTheNearest) {
   auto x = normals(21, 20000);

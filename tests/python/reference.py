@@ -51,6 +51,7 @@ def scaled_blocks(x: np.ndarray, blocksize: int) -> tuple[np.ndarray, np.ndarray
     The divisor is at least 1e-38, so that 1 / absmax is finite. It is 0 for infinity, and then inf * 0 is NaN.
     """
     n = x.size
+    blocksize = min(blocksize, max(n, 1))
     padded = np.zeros(blocks_of(n, blocksize) * blocksize, np.float32)
     padded[:n] = x
     padded = padded.reshape(-1, blocksize)
@@ -91,7 +92,7 @@ def quantize8(x: np.ndarray, code: np.ndarray, blocksize: int) -> tuple[np.ndarr
 
 def dequantize8(codes: np.ndarray, absmax: np.ndarray, code: np.ndarray, blocksize: int) -> np.ndarray:
     with np.errstate(all="ignore"):
-        return code[codes.reshape(-1)] * np.repeat(absmax, blocksize)[: codes.size]
+        return code[codes.reshape(-1)] * np.repeat(absmax, min(blocksize, max(codes.size, 1)))[: codes.size]
 
 
 def int_bits(x: torch.Tensor) -> torch.Tensor:

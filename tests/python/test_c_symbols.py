@@ -130,8 +130,8 @@ def test_an_error_is_raised_where_the_caller_has_set_the_result_to_none() -> Non
     """As the released Python files do for functions without a result."""
     raw = NativeFunctions(Path(cextension.cpu_lib._lib._name))
     raw.cdequantize_blockwise_cpu_fp32.restype = None
-    with pytest.raises(RuntimeError, match="blocksize is 7"):
-        raw.cdequantize_blockwise_cpu_fp32(None, None, None, None, 7, 64)
+    with pytest.raises(RuntimeError, match="blocksize is -7"):
+        raw.cdequantize_blockwise_cpu_fp32(None, None, None, None, -7, 64)
 
 
 # ---- lib.name, lib["name"], lib._lib

@@ -102,7 +102,7 @@ def test_blockwise_bytes(name: str) -> None:
             torch.randn(1000).clamp(-1, 1),
         ]
     )
-    for blocksize in (4096, 64):
+    for blocksize in (4096, 64, 1, 7, 100, 16384, 2**63 - 1):
         for e, f in zip(
             ops.quantize_blockwise(x, code, blocksize),
             on_other_device("quantize_blockwise", x, code, blocksize),
@@ -111,6 +111,8 @@ def test_blockwise_bytes(name: str) -> None:
             ref.assert_bits(
                 code[f.int()] if f.dtype == torch.uint8 else f, code[e.int()] if e.dtype == torch.uint8 else e
             )
+        args = (*ops.quantize_blockwise(x, code, blocksize), code, blocksize, torch.bfloat16)
+        ref.assert_bits(on_other_device("dequantize_blockwise", *args), ops.dequantize_blockwise(*args))
 
 
 def test_products_are_those_of_the_dequantized_weight() -> None:

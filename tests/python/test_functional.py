@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import reference as ref
 import torch
+from process import run_reference
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitsandbytes.functional as F
 
@@ -65,7 +68,7 @@ def test_nested_statistics(quant_type: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", ref.FLOATS, ids=str)
-@pytest.mark.parametrize("blocksize", ref.BLOCKSIZES[1:])
+@pytest.mark.parametrize("blocksize", [*ref.BLOCKSIZES[1:], 1, 7, 100, 8192, 16384, 2**63 - 1])
 def test_blockwise_round_trip(blocksize: int, dtype: torch.dtype, nested: bool) -> None:
     x = torch.randn(300, 101).to(dtype)
     codes, state = F.quantize_blockwise(x, blocksize=blocksize, nested=nested)
@@ -160,6 +163,77 @@ def test_map_equals_the_released_one(call: str) -> None:
     maker, *arguments = call.split()
     expected = np.array([int(word, 16) for word in GOLDEN_MAPS[call].split()], np.uint32).view(np.float32)
     ref.assert_bits(MAKERS[maker](*arguments), torch.from_numpy(expected))
+
+
+RELEASED_MAPS = """
+import torch, itertools
+import bitsandbytes.functional as F
+found = {}
+def note(name, *arguments):
+    try:
+        values = getattr(F, f"create_{name}_map")(*arguments)
+    except Exception:
+        values = None
+    found[name, *arguments] = values if values is not None and not values.isnan().any() else None
+for signed, total in itertools.product((True, False), range(1, 9)):
+    for exponent in (*range(12), 40):
+        note("dynamic", signed, exponent, total)
+        for precision in range(9 if exponent < 9 else 0):
+            note("fp8", signed, exponent, precision, total)
+    for zero in (True, False):
+        note("linear", signed, total, zero)
+for offset, extra in itertools.product((0.51, 0.6, 0.9, 0.9677083, 0.99, 0.9999), (True, False)):
+    note("normal", offset, extra)
+torch.save(found, sys.argv[1])
+"""
+
+
+def test_maps_for_all_arguments_equal_the_released_ones(reference_python: str, tmp_path: Path) -> None:
+    """Where it gives none, or NaN, there is a named error."""
+    run_reference(reference_python, RELEASED_MAPS, str(tmp_path / "maps.pt"))
+    released = torch.load(tmp_path / "maps.pt")
+    for (name, *arguments), expected in released.items():
+        make = getattr(F, f"create_{name}_map")
+        if expected is None:
+            with pytest.raises(ValueError, match=f"create_{name}_map: "):
+                make(*arguments)
+        else:
+            ref.assert_bits(make(*arguments), expected)
+    for call in (("dynamic", True, 1, 1), ("dynamic", True, 0, 1), ("dynamic", False, 0, 1), ("fp8", False, 0, 8, 8)):
+        assert released[call] is not None
+    assert sum(expected is not None for expected in released.values()) > 150
+
+
+@pytest.mark.parametrize("arguments", [(True, 7.0), (True, "7"), (True, None), (True, 7, 2**80), (True, -1)])
+def test_wrong_arguments_of_maps_are_named(arguments: tuple[Any, ...]) -> None:
+    for make in (F.create_dynamic_map, F.create_fp8_map):
+        with pytest.raises(ValueError, match=f"{make.__name__}: .*_bits is "):
+            make(*arguments)
+    with pytest.raises(ValueError, match="create_normal_map: offset is"):
+        F.create_normal_map(float("nan"))
+
+
+def test_maps_do_not_depend_on_a_default_device() -> None:
+    F.name2qmap.clear()
+    with torch.device("meta"):
+        assert F.create_dynamic_map().is_meta  # as all that is made here
+        F.quantize_blockwise(torch.ones(64, device="cpu"))
+    ref.assert_bits(F.name2qmap["dynamic"], F.create_dynamic_map())
+
+
+@pytest.mark.parametrize("blocksize", [0, -1, 100, 16384, 64.0, True, "64", None, 2**63])
+def test_wrong_blocksizes_are_named(blocksize: Any) -> None:
+    calls = {
+        "quantize_4bit": lambda x: F.quantize_4bit(x, blocksize=64 if blocksize is None else blocksize),
+        "quantize_blockwise": lambda x: F.quantize_blockwise(x, blocksize=blocksize),
+    }
+    for name, call in calls.items():
+        if (name == "quantize_4bit" and blocksize is None) or (name != "quantize_4bit" and blocksize in (100, 16384)):
+            continue
+        with pytest.raises(ValueError, match=f"{name}: blocksize is "):
+            call(torch.ones(64))
+    with FakeTensorMode(), pytest.raises(ValueError, match="quantize_blockwise: blocksize on cuda"):
+        F.quantize_blockwise(torch.ones(64, device="cuda"), torch.ones(256, device="cuda"), blocksize=blocksize)
 
 
 @pytest.mark.parametrize("make", [F.create_dynamic_map, F.create_linear_map, F.create_normal_map, F.create_fp8_map])

@@ -402,15 +402,23 @@ BAD_CALLS: dict[str, tuple[str, Any]] = {
     "quant_storage is torch.bool": ("quantize_4bit", lambda x: (x, 64, "nf4", torch.bool)),
     "A has dtype float64": ("quantize_4bit", lambda x: (x.double(), 64, "nf4", torch.uint8)),
     "code has size 16": ("quantize_blockwise", lambda x: (x, x[:16], 64)),
-    "absmax has 0 elements": ("dequantize_4bit", lambda x: (x.byte(), x[:0], 64, "nf4", [4, 32], torch.float32)),
+    "absmax has 0 elements": ("dequantize_4bit", lambda x: (x.byte()[:64], x[:0], 64, "nf4", [4, 32], torch.float32)),
+    "absmax has 128 elements, expected 2": (
+        "dequantize_4bit",
+        lambda x: (x.byte()[:64], x, 64, "nf4", [4, 32], torch.float32),
+    ),
+    "A has 128 bytes, expected 64": (
+        "dequantize_4bit",
+        lambda x: (x.byte(), x[:2], 64, "nf4", [4, 32], torch.float32),
+    ),
     "A has 10 bytes": ("dequantize_4bit", lambda x: (x.byte()[:10], x, 64, "nf4", [4, 32], torch.float32)),
     "dtype is torch.float64": ("dequantize_4bit", lambda x: (x.byte(), x, 64, "nf4", [4, 32], torch.float64)),
     r"shape is \[-4, -32\]": ("dequantize_4bit", lambda x: (x.byte(), x, 64, "nf4", [-4, -32], torch.float32)),
     "A has a last dimension of 128": ("gemm_4bit", lambda x: (x, x.byte(), [2, 64], x, 64, "nf4")),
     r"shapeB is \[64\]": ("gemm_4bit", lambda x: (x, x.byte(), [64], x, 64, "nf4")),
-    "bias has size 128": ("gemm_4bit", lambda x: (x, x.byte(), [2, 128], x, 64, "nf4", x)),
-    "absmax_8bit is given": ("gemm_4bit", lambda x: (x, x.byte(), [2, 128], x, 64, "nf4", None, x.byte())),
-    "absmax_code is given": ("gemm_4bit", lambda x: (x, x.byte(), [2, 128], x, 64, "nf4", None, None, x)),
+    "bias has size 128": ("gemm_4bit", lambda x: (x, x.byte(), [2, 128], x[:4], 64, "nf4", x)),
+    "absmax_8bit is given": ("gemm_4bit", lambda x: (x, x.byte(), [2, 128], x[:4], 64, "nf4", None, x.byte())),
+    "absmax_code is given": ("gemm_4bit", lambda x: (x, x.byte(), [2, 128], x[:4], 64, "nf4", None, None, x)),
 }
 
 

@@ -12,11 +12,11 @@ from typing_extensions import Self
 from .. import _checks as check
 from .._derivatives import derivatives_wanted
 from .._ops_int8 import as_rows, check_threshold
-from ..functional.blockwise import fill, scales
+from ..functional.blockwise import fill
 from ..functional.deprecated import warn_once
-from ..functional.fourbit import dequantize_4bit, gemm_4bit
+from ..functional.fourbit import dequantize_4bit, dequantized, gemm_4bit
 from ..functional.int8 import single
-from ..functional.quant_state import QuantState
+from ..functional.quant_state import QuantState, Statistic
 
 _ops = torch.ops.bitsandbytes
 _int8_forward = _ops.int8_linear.forward
@@ -48,12 +48,7 @@ class MatMul4Bit(torch.autograd.Function):
         (grad,) = grads
         grad_A = grad_bias = None
         if ctx.needs_input_grad[0]:
-            state = ctx.state
-            with torch._C.DisableTorchFunctionSubclass():
-                weight = torch.ops.bitsandbytes.dequantize_4bit.default(
-                    ctx.weight, scales(state), state.blocksize, state.quant_type, state.shape, grad.dtype
-                )
-            grad_A = torch.matmul(grad, weight)
+            grad_A = torch.matmul(grad, dequantized(ctx.weight, ctx.state, grad.dtype))
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         return grad_A, None, None, grad_bias, None
@@ -191,6 +186,10 @@ class MatmulLtState:
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def reset_grads(self) -> None:
         """Forgets the quantized weight."""
         self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
@@ -207,6 +206,9 @@ def quantized_rows(B: Tensor) -> tuple[Tensor, Tensor]:
     """The codes and scales of floats."""
     CB, SCB, _ = _ops.int8_vectorwise_quant.default(single(B.detach()))
     return CB, SCB
+
+
+MatmulLtState.SCB = Statistic("SCB")  # type: ignore[assignment]  # after dataclass() took the default
 
 
 def int8_weight(op: str, B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:

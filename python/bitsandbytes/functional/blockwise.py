@@ -5,15 +5,19 @@ from torch import Tensor
 
 from .. import _checks as check
 from .codebooks import create_dynamic_map, name2qmap
-from .quant_state import QuantState
+from .quant_state import QuantState, statistic
 
 _ops = torch.ops.bitsandbytes
 
 
 def _dynamic_map(device: torch.device) -> Tensor:
-    if "dynamic" not in name2qmap:
-        name2qmap["dynamic"] = create_dynamic_map()
-    return name2qmap["dynamic"].to(device, non_blocking=True)  # a constant need not be waited for
+    code = name2qmap.get("dynamic")
+    if code is None:
+        with torch.device("cpu"):  # also within a `with torch.device("meta")` of somebody else
+            code = create_dynamic_map()
+        if type(code) is Tensor:  # no fake one of a graph that is being traced
+            name2qmap["dynamic"] = code
+    return code.to(device, non_blocking=True)  # a constant need not be waited for
 
 
 def fill(op: str, name: str, given: Tensor | None, result: Tensor) -> Tensor:
@@ -32,9 +36,8 @@ def scales(state: QuantState) -> Tensor:
     absmax = state.absmax
     check.tensor("QuantState", "absmax", absmax)
     if not state.nested:
-        if not absmax.is_floating_point():
-            raise ValueError(f"QuantState: absmax has dtype {check.listing([absmax.dtype])}, expected float32 scales")
-        return absmax if absmax.dtype == torch.float32 else absmax.float()
+        check.dtype("QuantState", "absmax", absmax, torch.float32)
+        return absmax
     if state.state2 is None or state.offset is None:
         lacking = "state2" if state.state2 is None else "offset"
         raise ValueError(f"QuantState: {lacking} is None, expected both state2 and offset in a nested state")
@@ -53,9 +56,9 @@ def quantize_blockwise(
 
     Args:
         A: any shape; fp32, fp16 or bf16.
-        code: 256 ascending fp32 values; the signed dynamic map by default.
+        code: 256 ascending values, taken as fp32; the signed dynamic map by default.
         absmax, out: optional tensors to receive the scales (fp32, one per block) and the codes (uint8, shape of A).
-        blocksize: elements per scale, a power of two from 32 to 4096.
+        blocksize: elements per scale, any number of 1 or more; on CUDA devices a power of two from 32 to 4096.
         nested: quantize the scales too.
 
     Returns:
@@ -67,7 +70,7 @@ def quantize_blockwise(
     op = "quantize_blockwise"
     check.tensor(op, "A", A)
     check.dtype(op, "A", A, *check.FLOATS)
-    check.one_of(op, "blocksize", blocksize, check.BLOCKSIZES)
+    check.blockwise_blocksize(op, blocksize, A.device)
     code = _dynamic_map(A.device) if code is None else _as_code(op, code, A.device)
     codes, scale = _ops.quantize_blockwise.default(A, code, blocksize)
     codes = fill(op, "out", out, codes)
@@ -101,8 +104,8 @@ def dequantize_blockwise(
     Args:
         A: codes, uint8, any shape.
         quant_state: from quantize_blockwise; without it the next ones count:
-        absmax, code, blocksize: fp32 scales, 256 fp32 values (the signed dynamic map by default), elements per scale;
-            the result is fp32.
+        absmax, code, blocksize: scales and 256 values, taken as fp32 (the signed dynamic map by default), elements per
+            scale; the result is fp32.
         out: optional tensor to receive the result.
         nested: accepted for compatibility; the state knows.
 
@@ -120,6 +123,7 @@ def dequantize_blockwise(
         check.tensor(op, "absmax", absmax)
         code = _dynamic_map(A.device) if code is None else _as_code(op, code, A.device)
         quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    check.state(op, quant_state)
     if quant_state.code is None:
         raise ValueError(f"{op}: code of quant_state is None, expected 256 values")
     dtype = quant_state.dtype if out is None else out.dtype
@@ -136,6 +140,7 @@ def dequantize_blockwise(
 
 def _as_code(op: str, code: Tensor, device: torch.device) -> Tensor:
     check.tensor(op, "code", code)
+    code = statistic(code)
     check.dtype(op, "code", code, torch.float32)
     if code.numel() != check.CODES:
         raise ValueError(f"{op}: code has {code.numel()} entries, expected {check.CODES}")

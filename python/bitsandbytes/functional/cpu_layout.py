@@ -1,6 +1,7 @@
 """The layout that the released package packs 4-bit weights into on CPUs with AVX512-BF16, after the first forward.
 
-Here weights stay as stored: nothing packs them so, and only dequantize_4bit reads what was packed elsewhere.
+Here weights stay as stored: nothing packs them so. What was packed elsewhere is brought back for each use, which is
+right but slow: _convert_weight_packed_for_cpu_inverse does it once and for all.
 
 Rows are taken in groups of 32. Of each group, byte (k / 2, row, k % 2) holds the code of row `row` in its low and of
 row `row + 16` in its high nibble. absmax becomes bf16, transposed to [K / blocksize, N].
@@ -11,6 +12,7 @@ import copy
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from .blockwise import scales
 from .quant_state import QuantState
 
@@ -33,8 +35,13 @@ def _convert_weight_packed_for_cpu(
 ) -> tuple[Tensor, QuantState]:
     """Packed codes in the layout above, uint8 [N, K / 2], and a state that says so; the arguments stay as they are."""
     n, k, blocksize = _shape("_convert_weight_packed_for_cpu", quant_state, block_n)
-    stored = qweight.contiguous().view(-1).view(torch.uint8)
-    codes = torch.stack((stored >> 4, stored & 15), dim=-1)
+    if quant_state.packing_format_for_cpu:
+        raise ValueError(
+            "_convert_weight_packed_for_cpu: quant_state is of a weight in this layout, expected one as stored"
+        )
+    quant_state.check_codes("_convert_weight_packed_for_cpu", "qweight", qweight)
+    as_bytes = qweight.contiguous().view(-1).view(torch.uint8)
+    codes = torch.stack((as_bytes >> 4, as_bytes & 15), dim=-1)
     low, high = codes.view(n // block_n, 2, block_n // 2, k // 2, 2).unbind(1)
     packed = (high << 4 | low).transpose(1, 2).reshape(n, k // 2)
     state = copy.copy(quant_state)
@@ -55,17 +62,30 @@ def _convert_weight_packed_for_cpu_inverse(
     packed_weight: Tensor, quant_state: QuantState, block_n: int = 32
 ) -> tuple[Tensor, QuantState]:
     """The inverse, exact for what the function above packed. The released package keeps absmax in bf16 only."""
-    n, k, _ = _shape("_convert_weight_packed_for_cpu_inverse", quant_state, block_n)
+    op = "_convert_weight_packed_for_cpu_inverse"
+    n, k, blocksize = _shape(op, quant_state, block_n)
+    check.dtype(op, "packed_weight", packed_weight, torch.uint8)
+    check.exactly(op, "packed_weight", packed_weight.numel(), n * k // 2)
+    check.exactly(op, "absmax of quant_state", quant_state.absmax.numel(), n * k // blocksize)
+    if packed_weight.dim() == 2 and not packed_weight.is_contiguous():
+        packed_weight = packed_weight.t()  # as products take it; the layout has an order
+    packed_weight = packed_weight.contiguous()
     grouped = packed_weight.view(n // block_n, k // 2, block_n // 2, 2).transpose(1, 2)
     codes = torch.stack((grouped & 15, grouped >> 4), dim=1)
-    stored = codes[..., 0] << 4 | codes[..., 1]
+    as_bytes = codes[..., 0] << 4 | codes[..., 1]
     state = copy.copy(quant_state)
     known = state.__dict__
-    qweight = stored.reshape(-1).view(known.get("original_storage_type", torch.uint8)).view(-1, 1)
-    state.absmax = known.get("original_absmax", quant_state.absmax.t().float().flatten())
+    qweight = as_bytes.reshape(-1).view(known.get("original_storage_type", torch.uint8)).view(-1, 1)
+    state.packing_format_for_cpu = False  # before absmax, which is fp32 then
+    absmax = known.get("original_absmax")
+    state.absmax = quant_state.absmax.t().flatten() if absmax is None else absmax.to(packed_weight.device)
     state.dtype = known.get("original_dtype", quant_state.dtype)
     state.nested = "original_absmax" in known and known["original_nested"]
     for name in [name for name in known if name.startswith("original_")]:
         delattr(state, name)
-    state.packing_format_for_cpu = False
     return qweight, state
+
+
+def stored(packed: Tensor, state: QuantState) -> tuple[Tensor, QuantState]:
+    """A weight and its state in the layout that operators and checkpoints have."""
+    return _convert_weight_packed_for_cpu_inverse(packed, state) if state.packing_format_for_cpu else (packed, state)

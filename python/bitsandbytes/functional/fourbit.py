@@ -7,10 +7,11 @@ from torch import Tensor
 from .. import _checks as check
 from .blockwise import fill, nest, scales
 from .codebooks import get_4bit_type
-from .cpu_layout import _convert_weight_packed_for_cpu_inverse
+from .cpu_layout import stored
 from .quant_state import QuantState
 
 _ops = torch.ops.bitsandbytes
+_dequantize_4bit = _ops.dequantize_4bit.default
 _gemm_4bit = _ops.gemm_4bit.default
 _linear_4bit = _ops.linear_4bit.forward
 _linear_4bit_nested = _ops.linear_4bit.nested_forward
@@ -78,7 +79,7 @@ def dequantize_4bit(
     Args:
         A: packed codes from quantize_4bit; if they are transposed, [1, bytes], so is the result.
         quant_state: from quantize_4bit; without it absmax and out are needed and blocksize and quant_type count.
-        absmax: fp32 scales, one per block.
+        absmax: scales, taken as fp32, one per block.
         out: optional tensor to receive the result, in the shape of the tensor that was quantized.
         blocksize: elements per scale; 64 by default.
         quant_type: "fp4" or "nf4".
@@ -98,8 +99,7 @@ def dequantize_4bit(
         quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
     check.state(op, quant_state)
     check.one_of(op, "quant_type", quant_state.quant_type, check.QUANT_TYPES)
-    if quant_state.packing_format_for_cpu:
-        A, quant_state = _convert_weight_packed_for_cpu_inverse(A, quant_state)
+    A, quant_state = stored(A, quant_state)
     if out is not None:
         check.out_like(op, out, quant_state.shape or (), quant_state.dtype or out.dtype, A.device)
     args = (A, scales(quant_state), quant_state.blocksize, quant_state.quant_type, quant_state.shape, quant_state.dtype)
@@ -175,6 +175,8 @@ def gemm_4bit(
     )
     layout = None if public else state.linear_layout
     with _plain_tensors():  # B may be a Params4bit, which needs no detour through its __torch_function__ here
+        if layout is None and state.packing_format_for_cpu:
+            B, state = stored(B, state)
         second = state.state2
         if second is None or not state.nested:
             if layout is not None:
@@ -186,6 +188,13 @@ def gemm_4bit(
         if layout is not None:
             return _linear_4bit_nested(A, B, second.absmax, layout, bias, *nested)
         return _gemm_4bit(A, B, state.shape, second.absmax, state.blocksize, state.quant_type, bias, *nested)
+
+
+def dequantized(B: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    """The weight that gemm_4bit multiplies with, in a dtype."""
+    with _plain_tensors():
+        B, state = stored(B, state)
+        return _dequantize_4bit(B, scales(state), state.blocksize, state.quant_type, state.shape, dtype)
 
 
 def gemv_4bit(
@@ -213,4 +222,5 @@ def gemv_4bit(
         raise ValueError(f"{op}: state is None, expected the QuantState from quantize_4bit")
     check.tensor(op, "A", A)
     check.tensor(op, "B", B)
+    check.state(op, state)
     return fill(op, "out", out, gemm_4bit(A, B, state, differentiable=A.requires_grad))

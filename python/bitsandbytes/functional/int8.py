@@ -6,6 +6,7 @@ from typing_extensions import deprecated
 
 from .. import _checks as check
 from .blockwise import fill
+from .quant_state import statistic
 
 _ops = torch.ops.bitsandbytes
 _DEPRECATED = "This function is deprecated and will be removed in a future release."
@@ -40,14 +41,14 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
 
     Args:
         A: codes, int8 [..., K].
-        stats: scales, fp32, one per row of A.
+        stats: scales, taken as fp32, one per row of A.
 
     Raises:
         ValueError, TypeError: a wrong argument, which the message names.
     """
     check.tensor("int8_vectorwise_dequant", "A", A)
     check.tensor("int8_vectorwise_dequant", "stats", stats)
-    return _ops.int8_vectorwise_dequant.default(A, stats)
+    return _ops.int8_vectorwise_dequant.default(A, statistic(stats))
 
 
 def int8_double_quant(
@@ -117,7 +118,7 @@ def int8_mm_dequant(
 
     Args:
         A: from int8_linear_matmul.
-        row_stats, col_stats: the fp32 scales of the rows of its two operands.
+        row_stats, col_stats: the scales of the rows of its two operands, taken as fp32.
         out: optional fp32, fp16 or bf16 tensor to receive the result.
         bias: N values.
 
@@ -127,6 +128,7 @@ def int8_mm_dequant(
     op = "int8_mm_dequant"
     for name, value in (("A", A), ("row_stats", row_stats), ("col_stats", col_stats)):
         check.tensor(op, name, value)
+    row_stats, col_stats = statistic(row_stats), statistic(col_stats)
     if out is None:
         return _ops.int8_mm_dequant.default(A, row_stats, col_stats, None, bias)
     check.tensor(op, "out", out)

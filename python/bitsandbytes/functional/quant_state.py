@@ -1,18 +1,44 @@
 """What is needed to read a quantized tensor, and its forms in a checkpoint."""
 
+import math
 from typing import Any
 
 import torch
 
 from .. import _checks as check
-from .._ops import linear_4bit_layout
-from ..utils import pack_dict_to_tensor, unpack_tensor_to_dict
+from .._ops import check_packed, linear_4bit_layout
+from ..utils import pack_dict_to_tensor
+from .state_items import Items
 
 _TENSORS = ("absmax", "code", "offset")  # besides state2, what moves with a device
+_LAYOUT = ("shape", "blocksize", "quant_type")
+_PLAIN = (*_LAYOUT, "dtype", "nested", "packing_format_for_cpu")
+
+
+def statistic(value: Any) -> Any:
+    """Scales, code values and offsets are fp32, whatever type a checkpoint was cast to; codes of scales stay."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float32:
+        return value.float()
+    return value
+
+
+class Statistic:
+    """An attribute of fp32 statistics. It has no __get__: reading it costs what reading any attribute does."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self.name] = statistic(value)
+
+    def __delete__(self, instance: Any) -> None:
+        instance.__dict__[self.name] = None
 
 
 class QuantState:
     """How a quantized tensor is to be read.
+
+    Statistics of another floating point type become fp32 when they are assigned, also from a pickle.
 
     Attributes:
         absmax: one fp32 scale per block; nested: its uint8 codes.
@@ -56,11 +82,18 @@ class QuantState:
         self.nested = state2 is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in ("shape", "blocksize", "quant_type"):
+        # The layout of cpu_layout.py has absmax in bf16.
+        convert = name in _TENSORS and not (name == "absmax" and self.packing_format_for_cpu)
+        super().__setattr__(name, statistic(value) if convert else value)
+        if name in _LAYOUT or name == "packing_format_for_cpu":
             known = self.__dict__
-            parts = (known.get("shape"), known.get("blocksize"), known.get("quant_type"))
-            known["linear_layout"] = linear_4bit_layout(*parts)
+            stored = not known.get("packing_format_for_cpu")
+            known["linear_layout"] = linear_4bit_layout(*map(known.get, _LAYOUT)) if stored else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.packing_format_for_cpu = state.get("packing_format_for_cpu", False)  # absmax depends on it
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         # FSDP follows the keys of a state dict by attribute: weight.quant_state.bitsandbytes__nf4.
@@ -78,51 +111,59 @@ class QuantState:
         """The state in a dict that as_dict made, packed or not; keys may carry a path in front.
 
         Raises:
-            ValueError: keys are missing, unknown, or name more than one state.
+            ValueError: keys are missing, unknown, or name more than one state; an entry, which the message names, is
+                none of a state, or does not fit the others.
         """
-        op = "QuantState.from_dict"
-        type_keys = (*cls.valid_qs_type_keys, "bitsandbytes__None")  # the last is that of 8-bit states
-        packed = [k for k, v in qs_dict.items() if isinstance(v, torch.Tensor) and k.rpartition(".")[2] in type_keys]
-        if not packed and "quant_type" not in qs_dict:
-            raise ValueError(
-                f"{op}: qs_dict has the keys {list(qs_dict)}, expected packed or unpacked quant_state items"
-            )
-        if len(packed) > 1:
-            raise ValueError(f"{op}: qs_dict has the states {check.listing(packed)}, expected one")
-        items = {k.rpartition(".")[2]: v for k, v in qs_dict.items() if k not in packed}
-        for key in packed:
-            items.update(unpack_tensor_to_dict(qs_dict[key]))
-        if unknown := set(items) - set(cls.valid_qs_keys):
-            raise ValueError(
-                f"{op}: qs_dict has {check.listing(sorted(unknown))}, expected only {check.listing(cls.valid_qs_keys)}"
-            )
-        required = {"absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape"}
-        if "nested_absmax" in items:
-            required |= {"nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset"}
-        if missing := required - set(items):
-            raise ValueError(f"{op}: qs_dict lacks {check.listing(sorted(missing))}")
+        items = Items(qs_dict, (*cls.valid_qs_type_keys, "bitsandbytes__None"), cls.valid_qs_keys)  # None: 8 bits
+        quant_type = items.quant_type()
+        four_bits = quant_type is not None
+        blocksize = items.integer("blocksize", check.BLOCKSIZES if four_bits else None)
+        shape = items.shape(optional=not four_bits)
+        count = None if shape is None else check.blocks(math.prod(shape), blocksize)
         offset = state2 = None
-        if "nested_absmax" in items:
-            offset = torch.tensor(float(items["nested_offset"]), dtype=torch.float32, device=device)
+        if items.nested:
+            absmax = items.tensor("absmax", count, torch.uint8)
+            second = items.integer("nested_blocksize")
+            offset = torch.tensor(items.number("nested_offset"), dtype=torch.float32, device=device)
             state2 = cls(
-                absmax=items["nested_absmax"].to(device),
-                code=items["nested_quant_map"].to(device),
-                blocksize=items["nested_blocksize"],
-                dtype=_dtype(items["nested_dtype"]),
+                absmax=items.tensor("nested_absmax", check.blocks(absmax.numel(), second)).to(device),
+                code=items.tensor("nested_quant_map", check.CODES).to(device),
+                blocksize=second,
+                dtype=items.dtype("nested_dtype"),
             )
+        else:
+            absmax = items.tensor("absmax", count)
         return cls(
-            absmax=items["absmax"].to(device),
-            shape=None if items["shape"] is None else torch.Size(items["shape"]),
-            code=items["quant_map"].to(device),
-            blocksize=items["blocksize"],
-            quant_type=items["quant_type"],
-            dtype=_dtype(items["dtype"]),
+            absmax=absmax.to(device),
+            shape=shape,
+            code=items.tensor("quant_map", 16 if four_bits else check.CODES).to(device),
+            blocksize=blocksize,
+            quant_type=quant_type,
+            dtype=items.dtype("dtype"),
             offset=offset,
             state2=state2,
         )
 
+    def check_codes(self, op: str, name: str, packed: torch.Tensor) -> None:
+        """Refuses packed 4-bit codes that are not those of one tensor of this shape, no more and no less.
+
+        Raises:
+            ValueError: their dtype or number of bytes.
+        """
+        if self.shape is not None:
+            check_packed(op, name, packed, math.prod(self.shape))
+
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
-        """The state as a flat dict. `packed`: tensors only, the rest as JSON in "quant_state.bitsandbytes__<type>"."""
+        """The state as a flat dict. `packed`: tensors only, the rest as JSON in "quant_state.bitsandbytes__<type>".
+
+        Raises:
+            ValueError: the weight is not in the layout that checkpoints have.
+        """
+        if self.packing_format_for_cpu:
+            raise ValueError(
+                "QuantState.as_dict: packing_format_for_cpu is True, expected the weight and its state to go through "
+                "_convert_weight_packed_for_cpu_inverse first"
+            )
         qs_dict: dict[str, Any] = {
             "quant_type": self.quant_type,
             "absmax": self.absmax,
@@ -147,7 +188,9 @@ class QuantState:
         return tensors | {f"quant_state.bitsandbytes__{self.quant_type}": pack_dict_to_tensor(rest)}
 
     def to(self, device: torch.device | str | int | None) -> None:
-        """Moves the state to a device, in place."""
+        """Moves the state to a device, in place. A dtype changes nothing: statistics stay fp32, codes uint8."""
+        if isinstance(device, torch.dtype):
+            return
         for name in _TENSORS:
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value.to(device))
@@ -158,8 +201,7 @@ class QuantState:
         if not isinstance(other, QuantState):
             return False
         return (
-            (self.shape, self.blocksize, self.quant_type, self.dtype, self.nested)
-            == (other.shape, other.blocksize, other.quant_type, other.dtype, other.nested)
+            all(getattr(self, name) == getattr(other, name) for name in _PLAIN)
             and all(_equal(getattr(self, name), getattr(other, name)) for name in _TENSORS)
             and self.state2 == other.state2
         )
@@ -171,10 +213,3 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"QuantState.from_dict: dtype is {name!r}, expected the name of a torch dtype")
-    return dtype

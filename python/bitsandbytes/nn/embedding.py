@@ -8,7 +8,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional as F
+from .._ops import check_packed
 from ..functional.blockwise import scales
+from ..functional.cpu_layout import stored
 from ..optim import GlobalOptimManager
 from .linear import is_tied, weight_and_state
 from .params import Int8Params, Params4bit
@@ -108,6 +110,7 @@ class Embedding8bit(torch.nn.Embedding):
             raise RuntimeError(
                 "Embedding8bit: weight is not quantized, expected .to(device) to be called on the layer first"
             )
+        check.exactly("Embedding8bit", "SCB", SCB.numel(), self.num_embeddings)
         rows = _lookup(input, weight.data if CB is None else CB)
         return (rows * (_lookup(input, SCB.view(-1, 1)) / 127)).to(self.dtype)
 
@@ -156,9 +159,13 @@ class Embedding4bit(torch.nn.Embedding):
 
     def _forward_with_partial_dequantize(self, input: Tensor) -> Tensor:
         weight, state = weight_and_state(self)
+        packed, state = stored(weight.data, state)
         dim, blocksize = self.embedding_dim, state.blocksize or 64
-        packed = weight.data.view(torch.uint8).view(-1)[: self.num_embeddings * dim // 2]
-        absmax = scales(state)[: self.num_embeddings * dim // blocksize]
+        n = self.num_embeddings * dim
+        check_packed(type(self).__name__, "weight", packed, n)
+        packed = packed.view(torch.uint8).view(-1)[: n // 2]
+        absmax = scales(state)
+        check.exactly(type(self).__name__, "absmax", absmax.numel(), n // blocksize)
         rows = _lookup(input, packed.view(self.num_embeddings, -1))
         row_scales = _lookup(input, absmax.view(self.num_embeddings, -1))
         return torch.ops.bitsandbytes.dequantize_4bit.default(

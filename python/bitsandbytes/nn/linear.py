@@ -11,6 +11,7 @@ from .. import _checks as check
 from .._derivatives import derivatives_wanted
 from ..autograd._functions import MatMul4Bit
 from ..functional import QuantState
+from ..functional.cpu_layout import stored
 from ..functional.fourbit import gemm_4bit
 from .params import Int8Params, Params4bit
 
@@ -171,6 +172,8 @@ class Linear4bit(torch.nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = getattr(self.weight, "quant_state", None)
         if state is not None:
+            if state.packing_format_for_cpu:
+                destination[f"{prefix}weight"], state = stored(self.weight.data, state)
             for key, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
 
@@ -211,6 +214,7 @@ class Linear4bit(torch.nn.Linear):
         shape = (self.out_features, self.in_features)
         if state.shape != shape:
             raise ValueError(f"size mismatch: its shape is {tuple(state.shape or ())}, expected {shape}")
+        state.check_codes("load_state_dict", "its tensor", packed)
         data = packed if assign else packed.to(device, copy=True)
         if isinstance(old, Params4bit) and old.device == device and not assign:
             old.data = data  # the same object, as load_state_dict promises

@@ -85,6 +85,7 @@ def replace_parameter_4bit_prequantized(
     """
     original = _parameter("replace_parameter_4bit_prequantized", module, param_name)
     state = F.QuantState.from_dict(qs_dict, device=device)
+    state.check_codes("replace_parameter_4bit_prequantized", param_name, original)
     _install(module, param_name, original.data.to(device), state)
 
 
@@ -186,6 +187,7 @@ def _load_hook(
     original = module.parametrizations[param_name].original
     try:
         state = F.QuantState.from_dict(stats, original.device)
+        state.check_codes("load_state_dict", "its tensor", packed)
     except ValueError as error:
         error_msgs.append(f"{key}: {error}")
         return

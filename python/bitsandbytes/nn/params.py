@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from .. import functional as F
 from ..functional import QuantState
+from ..functional.quant_state import statistic
 
 Device = torch.device | str | int | None
 
@@ -176,6 +177,7 @@ class Params4bit(_QuantizedParameter):
     ) -> Self:
         """The parameter of a checkpoint: packed codes and the entries that QuantState.as_dict(packed=True) gave."""
         state = QuantState.from_dict(quantized_stats, device=device)
+        state.check_codes(f"{cls.__name__}.from_prequantized", "data", data)
         self = Tensor._make_subclass(cls, data.to(device), requires_grad)
         self.module = module
         self._adopt(state)
@@ -318,6 +320,9 @@ class Int8Params(_QuantizedParameter):
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'CB'") from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, statistic(value) if name == "SCB" else value)
+
     def _can_hold(self, codes: Any) -> bool:
         """Whether `codes` are such, and the data neither are floats that learn nor on the meta device alone."""
         if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.is_meta != self.is_meta:
@@ -350,6 +355,8 @@ class Int8Params(_QuantizedParameter):
 
     def _learn(self, knowledge: dict[str, Any]) -> None:
         super()._learn(knowledge)
+        if "SCB" in knowledge:
+            self.SCB = knowledge["SCB"]  # in fp32
         if "CB" in knowledge:
             self.__dict__["_shown"] = knowledge["CB"]
         else:

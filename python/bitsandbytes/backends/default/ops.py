@@ -52,9 +52,10 @@ def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) ->
 
 def _dequantize(values: Tensor, codes: Tensor, absmax: Tensor, blocksize: int, n: int) -> Tensor:
     """values[code] * absmax of its block for the first n codes, in fp32 and flat."""
+    blocksize = min(blocksize, max(n, 1))
     blocks = check.blocks(n, blocksize)
     x = torch.nn.functional.pad(values[codes[:n].int()], (0, blocks * blocksize - n)).view(blocks, blocksize)
-    return (x * absmax.reshape(-1)[:blocks, None]).view(-1)[:n]
+    return (x * absmax.reshape(-1, 1)).view(-1)[:n]
 
 
 def _unpack(packed: Tensor) -> Tensor:
@@ -85,13 +86,13 @@ def _(
 def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     op = "quantize_blockwise"
     check.dtype(op, "A", A, *check.FLOATS)
-    check.one_of(op, "blocksize", blocksize, check.BLOCKSIZES)
+    check.blockwise_blocksize(op, blocksize, A.device)
     check_code(op, code)
     check.same_device(op, A.device, code=code)
     code = code.reshape(-1)
     if not bool((code[1:] >= code[:-1]).all()):
         raise ValueError(f"{op}: code is not in ascending order, expected a sorted map without NaN")
-    t, absmax = _normalize(A, blocksize)
+    t, absmax = _normalize(A, min(blocksize, max(A.numel(), 1)))  # a block longer than A is A
     return nearest_codes(t, code).view(-1)[: A.numel()].view(A.shape), absmax
 
 
