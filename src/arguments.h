@@ -6,6 +6,11 @@
 #include <bnb/optim.h>
 #include <bnb/quantize.h>
 
+#include <algorithm>
+#include <limits>
+#include <utility>
+#include <vector>
+
 #include "check.h"
 
 namespace bnb {
@@ -166,10 +171,14 @@ inline Checker check_arguments(const LinearInt8& d) {
 inline void check_arguments(const Checker& check, const OptimizerConfig& c) {
   const int rule = static_cast<int>(c.rule);
   check.that(rule >= 0 && rule < kOptimizers, "rule", rule, "adam, lamb, ademamix, lion, momentum, lars, rmsprop or adagrad");
+  // Steps are computed in fp32, where these must be finite too.
   const auto number = [&](std::string_view argument, double x, bool negative) {
-    check.that(x - x == 0 && (negative || x >= 0), argument, x, negative ? "a finite number" : "a finite number of 0 or more");
+    constexpr double kLargest = std::numeric_limits<float>::max();
+    check.that(x <= kLargest && x >= (negative ? -kLargest : 0), argument, x,
+               negative ? "a number that is finite in fp32" : "a number of 0 or more that is finite in fp32");
   };
   number("lr", c.lr, false), number("eps", c.eps, false), number("weight_decay", c.weight_decay, false);
+  number("lr * weight_decay", c.lr * c.weight_decay, false);
   number("max_unorm", c.max_unorm, false), number("alpha", c.alpha, true), number("dampening", c.dampening, true);
   const bool corrected = has_second_state(c.rule) && c.bias_correction;
   const auto beta = [&](std::string_view argument, double x) {
@@ -182,32 +191,81 @@ inline void check_arguments(const Checker& check, const OptimizerConfig& c) {
   check.that(c.t_beta3 >= 0, "t_beta3", c.t_beta3, "0 or more steps");
 }
 
+// The memory of all tensors of a call: what is written lies apart from all else. Sorted by their begins, two pieces meet where one begins
+// before the greatest end so far.
+class OptimizerMemory {
+  struct Piece {
+    uintptr_t begin, end;
+    std::string_view argument;
+    int64_t tensor;
+    bool written;
+  };
+  std::vector<Piece> pieces_;
+  std::vector<std::pair<uintptr_t, uint32_t>> order_;
+
+ public:
+  // Nothing but this takes memory.
+  void reserve(size_t tensors) { pieces_.reserve(6 * tensors + 2), order_.reserve(6 * tensors + 2); }
+  void add(const Memory& m, int64_t tensor, bool written) {
+    if (m.bytes == 0) return;
+    order_.emplace_back(m.begin, static_cast<uint32_t>(pieces_.size()));
+    pieces_.push_back({m.begin, m.begin + m.bytes, m.argument, tensor, written});
+  }
+  void check_apart(Checker& check, bool many) {
+    std::ranges::sort(order_);
+    const Piece *furthest = nullptr, *furthest_written = nullptr;
+    for (const auto& [begin, i] : order_) {
+      const Piece& x = pieces_[i];
+      const Piece* before = x.written ? furthest : furthest_written;
+      if (before && begin < before->end) [[unlikely]] {
+        const Piece &mine = x.written ? x : *before, &other = x.written ? *before : x;
+        check.entry(many ? mine.tensor : -1);
+        check.fail(mine.argument, "in the memory of " + Checker::entry_name(other.argument, many ? other.tensor : -1), "memory of its own");
+      }
+      if (!furthest || x.end > furthest->end) furthest = &x;
+      if (x.written && (!furthest_written || x.end > furthest_written->end)) furthest_written = &x;
+    }
+  }
+};
+
+// Messages name the tensor where there are several: p[3] is ..
 inline Checker check_arguments(const OptimizerStep& s) {
-  const Checker check("optimizer_step");
+  Checker check("optimizer_step");
   check_arguments(check, s.config);
-  const bool two = has_second_state(s.config.rule);
+  const bool two = has_second_state(s.config.rule), many = s.tensors.size() > 1;
   bool codes = false;
-  for (const OptimizerTensor& t : s.tensors) {
-    check.view("p", t.p);
-    check.view("g", t.g);
+  OptimizerMemory memory;
+  check.within_memory([&] { memory.reserve(s.tensors.size()); });
+  for (int64_t i = 0; i < std::ssize(s.tensors); ++i) {
+    const OptimizerTensor& t = s.tensors[static_cast<size_t>(i)];
+    if (many) check.entry(i);
+    const auto exactly = [&](std::string_view argument, const auto& state, int64_t n, std::string_view meaning) {
+      check.equal(argument, std::ssize(state), n, meaning);
+      memory.add(check.size(argument, state, n), i, true);
+    };
+    memory.add(check.view("p", t.p), i, true);
+    memory.add(check.view("g", t.g), i, false);
     check.equal("g", t.g.size, t.p.size, "as many as p");
     check.that(t.step >= 1, "step", t.step, "1 or more");
     check.that(t.gnorm_scale - t.gnorm_scale == 0, "gnorm_scale", t.gnorm_scale, "a finite number");
     if (t.p_norm) check.that(*t.p_norm >= 0, "p_norm", *t.p_norm, "a number of 0 or more");
     const int64_t first = check.product("elements of state1", first_states(s.config.rule), t.p.size);
+    const std::string_view all = first > t.p.size ? "two for each of p" : "as many as p";
     if (!t.has_codes()) {
-      check.size("state1", t.state1, first);
-      if (two) check.size("state2", t.state2, t.p.size);
+      exactly("state1", t.state1, first, all);
+      if (two) exactly("state2", t.state2, t.p.size, "as many as p");
       continue;
     }
     codes = true;
     const int64_t blocks = blocks_of(t.p.size, kOptimizerBlock);
-    check.size("codes1", t.codes1, first);
-    check.size("absmax1", t.absmax1, first_states(s.config.rule) * blocks);
-    if (two) check.size("codes2", t.codes2, t.p.size), check.size("absmax2", t.absmax2, blocks);
+    exactly("codes1", t.codes1, first, all);
+    memory.add(check.size("absmax1", t.absmax1, first_states(s.config.rule) * blocks), i, true);
+    if (two) exactly("codes2", t.codes2, t.p.size, "as many as p"), memory.add(check.size("absmax2", t.absmax2, blocks), i, true);
   }
-  if (codes) check.size("code1", s.code1, 256);
-  if (codes && two) check.size("code2", s.code2, 256);
+  check.entry(-1);
+  if (codes) memory.add(check.size("code1", s.code1, 256), -1, false);
+  if (codes && two) memory.add(check.size("code2", s.code2, 256), -1, false);
+  memory.check_apart(check, many);
   return check;
 }
 

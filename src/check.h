@@ -45,9 +45,17 @@ class Checker {
     } catch (const std::bad_alloc&) { throw Error(Errc::out_of_memory, op() + ": not enough memory for its tables"); }
   }
 
+  // What is checked from now on belongs to entry i of lists, as messages then say; to no list if i is below 0.
+  void entry(int64_t i) { entry_ = i; }
+  static std::string entry_name(std::string_view argument, int64_t entry) {
+    std::string name(argument);
+    if (entry >= 0) name.append("[").append(std::to_string(entry)).append("]");
+    return name;
+  }
+
   template <class T> [[noreturn]] void fail(std::string_view argument, const T& given, std::string_view allowed) const {
     std::string text = op();
-    text.append(": ").append(argument).append(" is ");
+    text.append(": ").append(entry_name(argument, entry_)).append(" is ");
     if constexpr (std::is_arithmetic_v<T>)
       text += std::to_string(given);
     else
@@ -117,6 +125,7 @@ class Checker {
 
  private:
   std::string_view op_;
+  int64_t entry_ = -1;
 };
 
 }  // namespace bnb

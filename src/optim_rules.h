@@ -39,8 +39,8 @@ template <class M> struct Rules {
 
 // Kingma & Ba 2015, arXiv 1412.6980; decoupled decay: Loshchilov & Hutter 2019, arXiv 1711.05101; LAMB: You et al. 2020, arXiv 1904.00962.
 struct Adam {
-  static constexpr int states = 2, second_moment = 1;  // how many; which of them has the unsigned map
-  static constexpr bool squares = true;                // elements whose g^2 is infinite are passed over: v would not hold what m does
+  static constexpr int states = 2, second_moment = 1, root = 1;  // how many; which has the unsigned map; whose root u is divided by
+  static constexpr bool squares = true;  // elements whose g^2 is infinite are passed over: v would not hold what m does
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[2], const Hyper& h) {
     s[0] = Rules<M>::average(s[0], h.beta1, g, h.gain1);
     s[1] = Rules<M>::second_moment(s[1], h.beta2, g, h.gain2);
@@ -50,7 +50,7 @@ struct Adam {
 
 // Pagliardini et al. 2024, arXiv 2409.03137.
 struct AdEMAMix {
-  static constexpr int states = 3, second_moment = 2;
+  static constexpr int states = 3, second_moment = 2, root = 2;
   static constexpr bool squares = true;
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[3], const Hyper& h) {
     s[0] = Rules<M>::average(s[0], h.beta1, g, h.gain1);
@@ -62,7 +62,7 @@ struct AdEMAMix {
 
 // Chen et al. 2023, arXiv 2302.06675.
 struct Lion {
-  static constexpr int states = 1, second_moment = -1;
+  static constexpr int states = 1, second_moment = -1, root = -1;
   static constexpr bool squares = false;
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[1], const Hyper& h) {
     const auto u = M::sign(Rules<M>::average(s[0], h.beta1, g, h.gain1));
@@ -73,7 +73,7 @@ struct Lion {
 
 // Sutskever et al. 2013 (Nesterov's too), as torch.optim.SGD has it; LARS: You et al. 2017, arXiv 1708.03888.
 struct Momentum {
-  static constexpr int states = 1, second_moment = -1;
+  static constexpr int states = 1, second_moment = -1, root = -1;
   static constexpr bool squares = false;
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[1], const Hyper& h) {
     s[0] = Rules<M>::saturated(Rules<M>::average(s[0], h.beta1, g, h.gain1));
@@ -83,7 +83,7 @@ struct Momentum {
 
 // Tieleman & Hinton 2012, lecture 6.5. With beta1 = gain1 = 1 Adagrad: Duchi et al. 2011, JMLR 12.
 struct RmsProp {
-  static constexpr int states = 1, second_moment = -1;  // its one state has the signed map, as in the released package
+  static constexpr int states = 1, second_moment = -1, root = 0;  // its one state has the signed map, as in the released package
   static constexpr bool squares = true;
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[1], const Hyper& h) {
     s[0] = Rules<M>::second_moment(s[0], h.beta1, g, h.gain1);

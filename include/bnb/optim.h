@@ -19,8 +19,10 @@
 //
 // Elements whose g, or g^2 in rules that have it, is not finite in fp32 are passed over: parameter and states stay; so are zeros of g with
 // skip_zeros. Second moments and momentum saturate at the largest float. 8-bit states: value[code] * absmax, requantized to the nearest
-// code after each step; a first moment below 0 never becomes the code of 0. Bytes do not depend on the number of threads, on the
-// instruction set or on the tensors of the call. Errors: bnb::Error{invalid_argument}, before anything is written.
+// code after each step; but a first moment below 0 never becomes the code of 0, nor does a second moment above 0, by whose root the step
+// is divided. Bytes do not depend on the number of threads, on the instruction set or on the tensors of the call. Errors:
+// bnb::Error{invalid_argument}, before anything is written: also for numbers that are not finite in fp32, and where what is written (p and
+// the states) overlaps anything else of the call.
 #pragma once
 
 #include <bnb/types.h>

@@ -3,7 +3,8 @@
 One step of one rule. State is fp32, or 8-bit codes in blocks of 256: x = map[code] * absmax (arXiv 2110.02861).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,11 @@ def first_states(rule: str) -> int:
     return 2 if rule == "ademamix" else 1
 
 
+def is_root(rule: str, number: int) -> bool:
+    """Whether state 1 or 2 holds second moments, by whose root the step is divided."""
+    return number == 2 or rule in SQUARES_ALONE
+
+
 def contiguous(op: str, name: str, state: Tensor) -> None:
     if not state.is_contiguous():
         raise ValueError(f"{op}: {name} has strides {tuple(state.stride())}, expected a contiguous tensor")
@@ -62,7 +68,7 @@ def check_state(
     """State 1 or 2 of a parameter of n elements. `at` stands behind names, as [3] for the fourth of a list."""
     copies = first_states(rule) if number == 1 else 1
     check.dtype(op, f"state{number}{at}", state, torch.float32, torch.uint8)
-    check.at_least(op, f"state{number}{at}", state.numel(), copies * n)
+    check.equal(op, f"state{number}{at}", "elements", state.numel(), copies * n)
     contiguous(op, f"state{number}{at}", state)
     if state.dtype == torch.float32:
         return
@@ -77,13 +83,96 @@ def check_state(
     contiguous(op, f"absmax{number}{at}", absmax)
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
+def check_numbers(
+    op: str,
+    at: str,
+    rule: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    t_alpha: int = 0,
+    t_beta3: int = 0,
+    max_unorm: float = 0.0,
+    skip_zeros: bool = False,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    bias_correction: bool = True,
+    *_: Any,
+) -> None:
+    """The numbers of optimizer_step from lr on, as the core checks them (src/arguments.h). `at` stands behind names."""
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "lr * weight_decay": lr * weight_decay}
+    for name, x in (numbers | {"max_unorm": max_unorm}).items():
+        if not 0 <= x <= LARGEST:
+            raise ValueError(f"{op}: {name}{at} is {x}, expected a number of 0 or more that is finite in fp32")
+    for name, x in (("alpha", alpha), ("dampening", dampening)):
+        if not -LARGEST <= x <= LARGEST:
+            raise ValueError(f"{op}: {name}{at} is {x}, expected a number that is finite in fp32")
+    corrected = rule in TWO_STATES and bias_correction
+    betas = [("beta1", beta1)] + ([("beta2", beta2)] if rule in (*TWO_STATES, "lion") else [])
+    for name, x in betas:
+        if not 0 <= x <= 1 or (corrected and x == 1):
+            allowed = "a number from 0 to below 1" if corrected else "a number from 0 to 1"
+            raise ValueError(f"{op}: {name}{at} is {x}, expected {allowed}")
+    if rule == "ademamix" and not 0 <= beta3 <= 1:
+        raise ValueError(f"{op}: beta3{at} is {beta3}, expected a number from 0 to 1")
+    for name, steps in (("t_alpha", t_alpha), ("t_beta3", t_beta3)):
+        if steps < 0:
+            raise ValueError(f"{op}: {name}{at} is {steps}, expected 0 or more steps")
+
+
+def check_scale(op: str, at: str, gnorm_scale: float, p_norm: float | None = None) -> None:
+    if not -LARGEST <= gnorm_scale <= LARGEST:
+        raise ValueError(f"{op}: gnorm_scale{at} is {gnorm_scale}, expected a finite number")
+    if p_norm is not None and not p_norm >= 0:
+        raise ValueError(f"{op}: p_norm{at} is {p_norm}, expected a number of 0 or more")
+
+
+def check_apart(op: str, tensors: Sequence[Mapping[str, Tensor | None]]) -> None:
+    """That what is written lies apart from all else; of each tensor of a call its parts by name, of which g is read."""
+    many = len(tensors) > 1
+    pieces = sorted(
+        (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), name, f"[{i}]" if many else "", name != "g")
+        for i, parts in enumerate(tensors)
+        for name, x in parts.items()
+        if x is not None and x.numel() and not x.is_meta
+    )
+    last: dict[bool, Any] = {}  # what ends last: of all, of what is written
+    for piece in pieces:
+        begin, end, *_, written = piece
+        before = last.get(not written)
+        if before is not None and begin < before[1]:
+            mine, other = (piece, before) if written else (before, piece)
+            raise ValueError(
+                f"{op}: {mine[2]}{mine[3]} is in the memory of {other[2]}{other[3]}, expected memory of its own"
+            )
+        for kind in (False, True) if written else (False,):
+            if kind not in last or end > last[kind][1]:
+                last[kind] = piece
+
+
+def _check_shape(op: str, name: str, state: Tensor, p: Tensor, doubled: bool) -> None:
+    """A state is flat or has the shape of the parameter; two of it are one behind the other."""
+    wanted = (2, *p.shape) if doubled else tuple(p.shape)
+    if state.dim() >= 2 + doubled and p.dim() >= 2 and tuple(state.shape) != wanted:
+        raise ValueError(f"{op}: {name} has shape {tuple(state.shape)}, expected {wanted}, that of p")
+
+
 def check_tensor(op: str, at: str, rule: str, p: Tensor, g: Tensor, state1: Tensor, state2: Tensor | None) -> None:
     check.dtype(op, f"p{at}", p, *check.FLOATS)
     check.dtype(op, f"g{at}", g, *check.FLOATS)
     check.equal(op, f"g{at}", "size", g.numel(), p.numel())
+    _check_shape(op, f"state1{at}", state1, p, first_states(rule) == 2)
     if rule in TWO_STATES:
         if state2 is None:
             raise ValueError(f"{op}: state2{at} is None, expected the second moments of {rule}")
+        _check_shape(op, f"state2{at}", state2, p, False)
         if state1.dtype in (torch.float32, torch.uint8):  # else it is state1 that is wrong
             check.dtype(op, f"state2{at}", state2, state1.dtype)
     check.same_device(op, p.device, **{f"g{at}": g, f"state1{at}": state1, f"state2{at}": state2})

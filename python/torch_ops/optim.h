@@ -43,22 +43,16 @@ template <class Device> struct OptimizerArgs : Args<Device> {
     in_place(argument, t);
     codes = write<uint8_t>(t);
   }
-  // An entry of a list that has one for each of n parameters, or none at all.
-  template <class T> const T* entry(std::string_view argument, const std::vector<T>& list, size_t i, size_t n) const {
-    if (list.empty()) return nullptr;
-    this->equal(argument, std::ssize(list), static_cast<int64_t>(n), "one for each of p");
-    return &list[i];
-  }
 };
 
 // Tensors that live as long as the call beside the core's view of them.
 template <class Device> struct StepArguments {
-  const OptimizerArgs<Device>& args;
+  OptimizerArgs<Device>& args;
   Tensors kept;
   std::vector<OptimizerTensor> tensors;
   OptimizerStep step;
 
-  StepArguments(const OptimizerArgs<Device>& args, std::string_view rule, size_t n) : args(args) {
+  StepArguments(OptimizerArgs<Device>& args, std::string_view rule, size_t n) : args(args) {
     step.config.rule = args.rule(rule);
     tensors.reserve(n);
   }
@@ -77,6 +71,8 @@ template <class Device> struct StepArguments {
     }
     args.state("state1", state1, t.state1, t.codes1);
     if (state2) args.state("state2", *state2, t.state2, t.codes2);
+    same_shape("state1", state1, p, first_states(step.config.rule) == 2);
+    if (state2) same_shape("state2", *state2, p, false);
     const bool codes = type_of(state1) == ScalarType::Byte;
     if (state2 && codes != (type_of(*state2) == ScalarType::Byte)) [[unlikely]]
       args.fail("state2", std::string("of dtype ") + name_of(type_of(*state2)), "that of state1");
@@ -85,18 +81,22 @@ template <class Device> struct StepArguments {
     check_sizes(t, codes, state2);
     return t;
   }
+  // A state is flat or has the shape of the parameter; two of it are one behind the other.
+  void same_shape(std::string_view argument, const Tensor& state, const Tensor& p, bool doubled) const {
+    const auto given = sizes(state), wanted = sizes(p);
+    if (given.size() < 2u + doubled || wanted.size() < 2) return;
+    if (given.size() == wanted.size() + doubled && std::ranges::equal(given.last(wanted.size()), wanted)) return;
+    args.fail(argument, "of shape " + text(given), (doubled ? "two in front of " : "") + text(wanted) + ", the shape of p");
+  }
   // By the names of this call: those of the core are others.
   void check_sizes(const OptimizerTensor& t, bool codes, bool second) const {
     const int64_t first = first_states(step.config.rule), blocks = blocks_of(t.p.size, kOptimizerBlock);
     const int64_t elements = args.product("elements of state1", first, t.p.size);
-    if (!codes) {
-      args.size("state1", t.state1, elements);
-      if (second) args.size("state2", t.state2, t.p.size);
-      return;
-    }
-    args.size("state1", t.codes1, elements);
+    args.equal("state1", std::ssize(t.state1) + std::ssize(t.codes1), elements, first == 1 ? "as many as p" : "two for each of p");
+    if (second) args.equal("state2", std::ssize(t.state2) + std::ssize(t.codes2), t.p.size, "as many as p");
+    if (!codes) return;
     args.size("absmax1", t.absmax1, first * blocks);
-    if (second) args.size("state2", t.codes2, t.p.size), args.size("absmax2", t.absmax2, blocks);
+    if (second) args.size("absmax2", t.absmax2, blocks);
   }
   void maps(const std::optional<Tensor>& qmap1, const std::optional<Tensor>& qmap2) {
     if (qmap1) step.code1 = read<float>(kept.emplace_back(args.map("qmap1", *qmap1)));
@@ -121,7 +121,7 @@ void optimizer_step(const Str& optimizer_name, const Tensors& p, const Tensors& 
                     const std::vector<int64_t>& offsets, const std::vector<double>& gnorm_scales, const std::vector<double>& p_norms,
                     const std::optional<Tensor>& clock) {
   if (p.empty()) return;
-  const OptimizerArgs<Device> args("optimizer_step", p.front());
+  OptimizerArgs<Device> args("optimizer_step", p.front());
   const size_t n = p.size();
   StepArguments<Device> call(args, optimizer_name, n);
   call.kept.push_back(p.front());
@@ -134,19 +134,27 @@ void optimizer_step(const Str& optimizer_name, const Tensors& p, const Tensors& 
   };
   count("g", g), count("state1", state1), count("steps", steps);
   if (has_second_state(c.rule)) count("state2", state2);
+  const auto one_each = [&](std::string_view argument, const auto& list) {
+    if (!list.empty()) count(argument, list);
+  };
+  one_each("absmax1", absmax1), one_each("absmax2", absmax2), one_each("unorm", unorm);
+  one_each("offsets", offsets), one_each("gnorm_scales", gnorm_scales), one_each("p_norms", p_norms);
+  const auto entry = [](const auto& list, size_t i) { return list.empty() ? nullptr : &list[i]; };
   for (size_t i = 0; i < n; ++i) {
-    OptimizerTensor& t = call.add(p[i], g[i], state1[i], has_second_state(c.rule) ? &state2[i] : nullptr,
-                                  args.entry("absmax1", absmax1, i, n), args.entry("absmax2", absmax2, i, n));
+    if (n > 1) args.entry(static_cast<int64_t>(i));
+    OptimizerTensor& t =
+        call.add(p[i], g[i], state1[i], has_second_state(c.rule) ? &state2[i] : nullptr, entry(absmax1, i), entry(absmax2, i));
     t.step = steps[i];
-    if (const auto* offset = args.entry("offsets", offsets, i, n)) t.offset = *offset;
-    if (const auto* scale = args.entry("gnorm_scales", gnorm_scales, i, n)) t.gnorm_scale = static_cast<float>(*scale);
-    if (const auto* norm = args.entry("p_norms", p_norms, i, n)) t.p_norm = static_cast<float>(*norm);
-    if (const auto* u = args.entry("unorm", unorm, i, n)) {
+    if (const auto* offset = entry(offsets, i)) t.offset = *offset;
+    if (const auto* scale = entry(gnorm_scales, i)) t.gnorm_scale = static_cast<float>(*scale);
+    if (const auto* norm = entry(p_norms, i)) t.p_norm = static_cast<float>(*norm);
+    if (const auto* u = entry(unorm, i)) {
       const auto to = args.floats_in_place("unorm", *u);
       args.size("unorm", to, 1);
       t.u_norm = to.data();
     }
   }
+  args.entry(-1);
   call.maps(qmap1, qmap2);
   int64_t* ticks = nullptr;
   if (clock) {
@@ -164,7 +172,7 @@ void optimizer_update_32bit(const Str& optimizer_name, const Tensor& g, const Te
                             const std::optional<Tensor>& state2, const std::optional<Tensor>& unorm_vec, double max_unorm,
                             double param_norm, double beta1, double beta2, double beta3, double alpha, double eps, double weight_decay,
                             int64_t step, double lr, double gnorm_scale, bool skip_zeros) {
-  const OptimizerArgs<Device> args("optimizer_update_32bit", g);
+  OptimizerArgs<Device> args("optimizer_update_32bit", g);
   StepArguments<Device> call(args, optimizer_name, 1);
   call.kept.push_back(p);
   auto& c = call.step.config;
@@ -188,7 +196,7 @@ void optimizer_update_8bit_blockwise(const Str& optimizer_name, const Tensor& g,
                                      double eps, int64_t step, double lr, const Tensor& qmap1, const std::optional<Tensor>& qmap2,
                                      const Tensor& absmax1, const std::optional<Tensor>& absmax2, double weight_decay, double gnorm_scale,
                                      bool skip_zeros) {
-  const OptimizerArgs<Device> args("optimizer_update_8bit_blockwise", g);
+  OptimizerArgs<Device> args("optimizer_update_8bit_blockwise", g);
   StepArguments<Device> call(args, optimizer_name, 1);
   call.kept.push_back(p);
   auto& c = call.step.config;

@@ -52,7 +52,7 @@ void set_table(Encoder8& e) {
 
 Dynamic8 make_dynamic(bool is_signed, const float* threshold) {
   Dynamic8 d{.is_signed = is_signed, .zero = is_signed ? 127 : 0, .unsure = 0, .cut = {}, .step = {}, .slope = {}, .icept = {}, .top = {}};
-  const float offset = is_signed ? 128.5f : 256.5f;
+  const float offset = Dynamic8::offset(is_signed);
   int first[10] = {0, 1};  // the least h of each segment
   for (int s = 1; s < 8; ++s) first[s + 1] = first[s] + (1 << (s - is_signed));
   first[9] = first[8] + 1;

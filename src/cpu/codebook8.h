@@ -16,6 +16,8 @@ namespace bnb::cpu {
 // 128.5 (signed) or 256.5, which leaves h in the upper mantissa bits and how far |t| is above a threshold in the lower ones. That grows
 // with t and is known at each threshold: at least 0 and below `unsure`. So a distance of `unsure` or more proves h.
 struct Dynamic8 {
+  // What icept adds, and what h = 0 gives.
+  BNB_INLINE static constexpr float offset(bool is_signed) { return is_signed ? 128.5f : 256.5f; }
   bool is_signed;
   int zero;                       // the code of 0.0
   uint32_t unsure;                // in units of the fraction: 16 bits (signed) or 15 bits
@@ -43,9 +45,19 @@ struct Encoder8 {
   }
 };
 
-// The code of a number below 0: the one below c, where c's value would lose the sign.
-BNB_INLINE constexpr uint8_t below_zero(const float* value, uint8_t c) {
-  return c > 0 && value[c] >= 0 && value[c - 1] < 0 ? static_cast<uint8_t>(c - 1) : c;
+// Which numbers never take the code of 0, however near to it they are: they take the next one on their side.
+enum class Keep : uint8_t { none, negative, positive };
+
+// The code of x, whose nearest one is c.
+template <Keep keep> BNB_INLINE constexpr uint8_t kept(const float* value, float x, uint8_t c) {
+  if (keep == Keep::negative && x < 0 && c > 0 && value[c] >= 0 && value[c - 1] < 0) return static_cast<uint8_t>(c - 1);
+  if (keep == Keep::positive && x > 0 && c < 255 && value[c] <= 0 && value[c + 1] > 0) return static_cast<uint8_t>(c + 1);
+  return c;
+}
+// The same of the dynamic maps.
+template <Keep keep> BNB_INLINE constexpr uint8_t kept(const Dynamic8& map, float x, uint8_t c) {
+  if (c != map.zero) return c;
+  return static_cast<uint8_t>(c + (keep == Keep::positive && x > 0) - (keep == Keep::negative && x < 0));
 }
 
 // The encoder of a map (256 ascending values) for about n elements. The last few are kept; any thread may call.

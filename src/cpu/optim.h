@@ -174,16 +174,15 @@ template <class Isa> struct Optimize {
   }
 
   // One state in codes. Encode: EncodeDynamic or EncodeTable of quantize.h.
-  template <class Encode, bool keep_sign> struct Coder {
-    DecodeStates<Isa, keep_sign && Encode::keeps_sign> decode;
+  template <class Encode, Keep keep> struct Coder {
+    DecodeStates<Isa, Encode::of_signed_map> decode;
     Encode encode;
     const float* value;
     Coder(const Encoder8& encoder, const float* code) : decode{code}, encode{encoder}, value(code) {}
     BNB_INLINE void operator()(const float* x, float inv, uint8_t* codes) const {
       encode.finite(x, kPart, inv, codes);
-      if constexpr (keep_sign && !Encode::keeps_sign)
-        for (int i = 0; i < kPart; ++i)
-          if (x[i] < 0) codes[i] = below_zero(value, codes[i]);
+      if constexpr (Encode::keeps != keep)
+        for (int i = 0; i < kPart; ++i) codes[i] = kept<keep>(value, x[i], codes[i]);
     }
   };
 
@@ -213,9 +212,12 @@ template <class Isa> struct Optimize {
     }
   };
 
+  // A second moment above 0 stays so, or the step would be that of m over eps; a first moment below 0 keeps its sign.
+  template <class Rule> static constexpr Keep keep_of(int k) { return k == Rule::root ? Keep::positive : Keep::negative; }
+
   template <class Rule, class First, class Second, class T> static void step8(const OptimizerTask& task, Range blocks) {
-    const Coder<First, true> first(*task.encoder1, task.code1);
-    const Coder<Second, false> second(*task.encoder2, task.code2);
+    const Coder<First, keep_of<Rule>(0)> first(*task.encoder1, task.code1);
+    const Coder<Second, Keep::positive> second(*task.encoder2, task.code2);
     const Hyper h = task.hyper;
     const float rate = task.rate;
     Elements<T> elements[2];
@@ -292,7 +294,7 @@ template <class Isa> struct Optimize {
         if constexpr (Isa::has_dynamic8) {
           const auto dynamic = [](const Encoder8& e, bool is_signed) { return e.dynamic && e.dynamic->is_signed == is_signed; };
           if (dynamic(*task.encoder1, true) && (Rule::second_moment < 0 || dynamic(*task.encoder2, false)))
-            return step8<Rule, EncodeDynamic<Isa, true, true>, EncodeDynamic<Isa, false>, T>(task, blocks);
+            return step8<Rule, EncodeDynamic<Isa, true, keep_of<Rule>(0)>, EncodeDynamic<Isa, false, Keep::positive>, T>(task, blocks);
         }
         step8<Rule, EncodeTable<Isa>, EncodeTable<Isa>, T>(task, blocks);
       });

@@ -19,7 +19,8 @@ template <class Isa, class Format> struct Encode4 {
 // By the table of the map: t in vectors, the table one element at a time (a gather is no faster).
 template <class Isa> struct EncodeTable {
   static constexpr int per_byte = 1;
-  static constexpr bool keeps_sign = false;
+  static constexpr Keep keeps = Keep::none;
+  static constexpr bool of_signed_map = false;
   const Encoder8& encoder;
   template <class T> BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const {
     alignas(64) float t[kChunk];
@@ -41,12 +42,12 @@ template <class Isa> struct EncodeTable {
   template <class T> BNB_INLINE void any(const T* x, int64_t n, float inv, uint8_t* codes) const { finite(x, n, inv, codes); }
 };
 
-// keeps_sign: x < 0 never takes the code of 0.
-template <class Isa, bool is_signed, bool keep_sign = false> struct EncodeDynamic {
+template <class Isa, bool is_signed, Keep keep = Keep::none> struct EncodeDynamic {
   static constexpr int per_byte = 1;
-  static constexpr bool keeps_sign = keep_sign;
+  static constexpr Keep keeps = keep;
+  static constexpr bool of_signed_map = is_signed;
   const Encoder8& encoder;
-  typename Isa::template EncodeDynamic<is_signed, keep_sign> fast;
+  typename Isa::template EncodeDynamic<is_signed, keep> fast;
   explicit EncodeDynamic(const Encoder8& e) : encoder(e), fast(*e.dynamic) {}
   template <class T> BNB_INLINE void finite(const T* x, int64_t n, float inv, uint8_t* codes) const { fast(encoder, x, n, inv, codes); }
   template <class T> void any(const T* x, int64_t n, float inv, uint8_t* codes) const {

@@ -33,11 +33,12 @@ BNB_DEVICE void set_map(const float* code, Map& map) {
   auto& s = dev::shared<Tables8>();
   const Lane8 lane = prepare8(s, code, true);
   const unsigned i = dev::thread();
-  if (i == 0) map.by_bucket = lane.by_bucket, map.zero = -1;
+  if (i == 0) map.by_bucket = lane.by_bucket, map.not_negative = map.not_positive = -1;
   dev::barrier();
   if (i < 256) {
     map.value[i] = code[i], map.threshold[i] = s.plain[i];
-    if (i > 0 && code[i] >= 0 && code[i - 1] < 0) map.zero = static_cast<int32_t>(i);
+    if (i > 0 && code[i] >= 0 && code[i - 1] < 0) map.not_negative = static_cast<int32_t>(i);
+    if (i < 255 && code[i] <= 0 && code[i + 1] > 0) map.not_positive = static_cast<int32_t>(i);
   }
   for (unsigned k = i; k < Lane8::kBuckets; k += dev::threads()) map.first[k] = s.first[k];
 }

@@ -43,7 +43,9 @@ struct alignas(16) Map {
   float value[256], threshold[256];
   uint8_t first[Lane8::kBuckets];
   int32_t by_bucket;
-  int32_t zero;  // the first code whose value is not below 0, if there are some below; else -1
+  // Codes that numbers below 0 and above 0 do not get where they are kept apart from it (cpu/codebook8.h): the first whose value is not
+  // below 0, if there are some below; the last whose value is not above 0, if there are some above. Else -1.
+  int32_t not_negative, not_positive;
 };
 
 struct Sums {

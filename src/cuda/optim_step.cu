@@ -20,7 +20,7 @@ template <class Rule> struct Shared<Rule, true> {
   Entry entries[kThreads<true> / dev::kWarp];
   float value[kMaps][256];
   uint8_t first[kMaps][Lane8::kBuckets];
-  int32_t by_bucket[kMaps], zero[kMaps];
+  int32_t by_bucket[kMaps], not_negative[kMaps], not_positive[kMaps];
   float threshold[kMaps][256];  // if there is one copy
 
   BNB_DEVICE const float* thresholds(const Run& run, int m) const { return &threshold[0][0] + (m * 256 << run.copies); }
@@ -34,10 +34,14 @@ template <class Rule> struct Shared<Rule, true> {
     BNB_UNROLL
     for (int i = 0; i < n; ++i) t[i] = dev::mul(s[i], inverse);
     auto codes = lane(t);
-    if (k == Rule::second_moment) return codes;
     BNB_UNROLL
-    for (int i = 0; i < n; ++i)
-      if (s[i] < 0 && static_cast<int32_t>(codes.word[0] >> i * 8 & 0xff) == zero[m]) codes.word[0] -= 1u << i * 8;
+    for (int i = 0; i < n; ++i) {
+      const auto c = static_cast<int32_t>(codes.word[0] >> i * 8 & 0xff);
+      if (k == Rule::root)
+        codes.word[0] += s[i] > 0 && c == not_positive[m] ? 1u << i * 8 : 0;
+      else
+        codes.word[0] -= s[i] < 0 && c == not_negative[m] ? 1u << i * 8 : 0;
+    }
     return codes;
   }
 };
@@ -58,7 +62,7 @@ template <class Rule> BNB_DEVICE void prepare(const Run& run, Shared<Rule, true>
       dev::store_shared(s.first[m] + i, dev::load<Bits<16>>(map.first + i));
     auto* threshold = const_cast<float*>(s.thresholds(run, m));
     for (unsigned i = dev::thread(); i < 256u << run.copies; i += dev::threads()) threshold[i] = map.threshold[i >> run.copies];
-    if (dev::thread() == 0) s.by_bucket[m] = map.by_bucket, s.zero[m] = map.zero;
+    if (dev::thread() == 0) s.by_bucket[m] = map.by_bucket, s.not_negative[m] = map.not_negative, s.not_positive[m] = map.not_positive;
   }
   dev::barrier();
 }

@@ -53,9 +53,11 @@ template <class P> void plain_step(const OptimizerConfig& c, bool coded, const s
     const bool second = &map_of(k) == &unsigned_map();
     const auto q = reference::quantize_blockwise(second ? near_unsigned : near_signed, x.s[k], kBlock);
     x.codes[k] = q.codes, x.absmax[k] = q.absmax;
-    if (!second)
-      for (size_t i = 0; i < n; ++i)
-        if (x.s[k][i] < 0 && x.codes[k][i] == 127) x.codes[k][i] = 126;
+    const bool root = second || c.rule == rmsprop || c.rule == adagrad;
+    for (size_t i = 0; i < n; ++i) {
+      if (!root && x.s[k][i] < 0 && x.codes[k][i] == 127) x.codes[k][i] = 126;
+      if (root && x.s[k][i] > 0 && x.codes[k][i] == (second ? 0 : 127)) ++x.codes[k][i];
+    }
   }
 }
 
@@ -68,6 +70,8 @@ std::vector<float> nasty(int64_t n, int64_t t) {
     if (r == 1) g[i] = -std::numeric_limits<float>::infinity();
     if (r == 2) g[i] = -0.0f;
     if (r == 3) g[i] = 1e25f;
+    if (r == 4) g[i] = 1e18f;  // beside it the square of the next is above 0, but 0 by the scale of the block
+    if (r == 5) g[i] = 1e-20f;
   }
   return g;
 }
@@ -282,6 +286,9 @@ TEST(Optimizers, RefuseWrongArguments) {
   refused("rule", [](auto& s, auto&) { s.config.rule = static_cast<Optimizer>(9); });
   refused("lr", [](auto& s, auto&) { s.config.lr = std::nan(""); });
   refused("lr", [](auto& s, auto&) { s.config.lr = -1; });
+  refused("lr is", [](auto& s, auto&) { s.config.lr = 1e39; });
+  refused("lr * weight_decay is", [](auto& s, auto&) { s.config.lr = s.config.weight_decay = 1e30; });
+  refused("alpha", [](auto& s, auto&) { s.config.alpha = -1e39; });
   refused("eps", [](auto& s, auto&) { s.config.eps = -1; });
   refused("weight_decay", [](auto& s, auto&) { s.config.weight_decay = std::numeric_limits<double>::infinity(); });
   refused("max_unorm", [](auto& s, auto&) { s.config.max_unorm = -1; });
@@ -296,6 +303,10 @@ TEST(Optimizers, RefuseWrongArguments) {
   refused("gnorm_scale", [](auto&, auto& t) { t.gnorm_scale = std::numeric_limits<float>::infinity(); });
   refused("codes1", [](auto&, auto& t) { t.codes1 = t.codes1.first(299); });
   refused("codes2", [](auto&, auto& t) { t.codes2 = {}; });
+  refused("codes2 is 300 elements", [](auto&, auto& t) { t.p.size = t.g.size = 299, t.codes1 = t.codes1.first(299); });
+  refused("p is in the memory of g", [](auto&, auto& t) { t.g = t.p; });
+  refused("codes2 is in the memory of codes1", [](auto&, auto& t) { t.codes2 = t.codes1; });
+  refused("state1 is in the memory of p", [](auto&, auto& t) { t.state1 = {static_cast<float*>(t.p.data), 300}; }, false);
   refused("absmax1", [](auto&, auto& t) { t.absmax1 = t.absmax1.first(1); });
   refused("absmax2", [](auto&, auto& t) { t.absmax2 = t.absmax2.first(1); });
   refused("state1", [](auto&, auto& t) { t.state1 = t.state1.first(299); }, false);
@@ -305,6 +316,31 @@ TEST(Optimizers, RefuseWrongArguments) {
   static std::vector<float> falling(256, 0.0f);
   falling[7] = -1;
   refused("code2", [](auto& s, auto&) { s.code2 = falling; });
+}
+
+TEST(Optimizers, NameTheTensorOfManyThatIsWrong) {
+  std::vector<std::unique_ptr<Parameter<float>>> all;
+  std::vector<OptimizerTensor> tensors;
+  for (uint64_t i = 0; i < 200; ++i) {
+    all.push_back(std::make_unique<Parameter<float>>(adam, i % 2 == 0, normals(i, 20)));
+    tensors.push_back(all.back()->with(normals(i + 1, 20), 1));
+  }
+  const auto message = [&](const std::function<void()>& spoil) -> std::string {
+    const auto kept = tensors;
+    spoil();
+    try {
+      step({}, tensors);
+    } catch (const Error& e) {
+      tensors = kept;
+      return e.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(message([&] { tensors[137].step = 0; }), "optimizer_step: step[137] is 0, expected 1 or more");
+  EXPECT_EQ(message([&] { tensors[199].state2 = {}; }), "optimizer_step: state2[199] is 0 elements, expected 20 (as many as p)");
+  EXPECT_EQ(message([&] { tensors[7].state1 = tensors[133].state2; }),
+            "optimizer_step: state2[133] is in the memory of state1[7], expected memory of its own");
+  for (uint64_t i = 0; i < 200; ++i) EXPECT_TRUE(same(all[i]->p.values(), normals(i, 20)));
 }
 #endif
 

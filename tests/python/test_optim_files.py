@@ -117,3 +117,78 @@ def test_a_full_disk_is_told_before_anything_changes(tmp_path: Path) -> None:
     run = run_python(FULL.replace("DIRECTORY", repr(str(tmp_path))))
     assert run.returncode == 0, run.stderr
     assert f"keep_states_in_files: directory {tmp_path} has no room for a file of 8388608 bytes" in run.stdout
+
+
+FORKED = """
+import os, sys, torch, bitsandbytes as bnb
+
+def parameters():
+    torch.manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(5000)) for _ in range(4)]
+
+def steps(optimizer, count, first=0):
+    for t in range(first, first + count):
+        torch.manual_seed(t)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.randn(5000)
+        optimizer.step()
+
+def in_child(f):
+    child = os.fork()
+    if child == 0:
+        try:
+            f()
+        except BaseException as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def bytes_of(optimizer):
+    return [v.clone() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+
+torch.set_num_threads(1)
+reference, optimizer = bnb.optim.AdamW8bit(parameters()), bnb.optim.AdamW8bit(parameters())
+optimizer.keep_states_in_files(0, DIRECTORY)
+steps(reference, 2), steps(optimizer, 2)
+before = bytes_of(optimizer)
+
+def child_steps():  # as its parent would
+    steps(reference, 3, 2), steps(optimizer, 3, 2)
+    assert all(map(torch.equal, bytes_of(reference), bytes_of(optimizer)))
+    assert in_child(lambda: steps(optimizer, 1, 9)) == 0
+    assert all(map(torch.equal, bytes_of(reference), bytes_of(optimizer)))
+
+def child_writes():
+    for state in optimizer.state.values():
+        state["state1"].zero_()
+
+def child_loads():
+    optimizer.load_state_dict(optimizer.state_dict())
+    steps(optimizer, 2, 7)
+
+for f in (child_steps, child_writes, child_loads):
+    assert in_child(f) == 0, f
+    assert all(map(torch.equal, before, bytes_of(optimizer))), f
+
+read, write = os.pipe()
+child = os.fork()
+if child == 0:
+    os.read(read, 1)
+    try:
+        steps(optimizer, 1)
+    except RuntimeError as error:
+        os._exit(7 if "which has stepped since" in str(error) else 8)
+    os._exit(9)
+steps(reference, 2, 2), steps(optimizer, 2, 2)
+os.write(write, b"x")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert all(map(torch.equal, bytes_of(reference), bytes_of(optimizer)))
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+def test_a_forked_child_does_not_change_its_parent(tmp_path: Path) -> None:
+    run = run_python(FORKED.replace("DIRECTORY", repr(str(tmp_path))))
+    assert run.returncode == 0 and run.stdout == "done\n", run.stderr

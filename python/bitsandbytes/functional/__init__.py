@@ -42,7 +42,12 @@ from .int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
-from .optim import optimizer_update_8bit_blockwise, optimizer_update_32bit
+from .optim import (
+    optimizer_update_8bit,
+    optimizer_update_8bit_blockwise,
+    optimizer_update_32bit,
+    percentile_clipping,
+)
 from .paged import (
     FIRST_CUDA_DEVICE,
     CUBLAS_Context,
@@ -108,9 +113,11 @@ __all__ = [
     "is_on_gpu",
     "lib",
     "name2qmap",
+    "optimizer_update_8bit",
     "optimizer_update_8bit_blockwise",
     "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "percentile_clipping",
     "prefetch_tensor",
     "quantize",
     "quantize_4bit",

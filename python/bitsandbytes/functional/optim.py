@@ -1,10 +1,14 @@
 """One step of an optimizer for one tensor, in place. bitsandbytes.optim takes whole models at once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import deprecated
 
 from .. import _checks as check
-from .._ops_optim import check_update_8bit, check_update_32bit
+from .._ops_optim import RULES, TWO_STATES, check_apart, check_update_8bit, check_update_32bit, is_root
+from ..backends.default.optim import state_codes
 
 _ops = torch.ops.bitsandbytes
 
@@ -135,3 +139,122 @@ def optimizer_update_8bit_blockwise(
         optimizer_name, *tensors, *numbers, *maps, weight_decay, gnorm_scale, skip_zeros
     )
     flat.write_back()
+
+
+@deprecated("optimizer_update_8bit will be removed; use optimizer_update_8bit_blockwise.", category=FutureWarning)
+@torch.no_grad()
+def optimizer_update_8bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    max1: Tensor,
+    max2: Tensor | None,
+    new_max1: Tensor,
+    new_max2: Tensor | None,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    unorm_vec: Tensor | None = None,
+    max_unorm: float = 0.0,
+) -> None:
+    """Deprecated. One step with 8-bit state that has one scale a tensor: x = qmap[state] * max.
+
+    Args:
+        optimizer_name: adam, lamb, lion, momentum, lars, rmsprop or adagrad.
+        max1, max2: one fp32 element each, the scales of the states as they are.
+        new_max1, new_max2: likewise; they get the scales of the states after the step.
+        The others as in optimizer_update_32bit and optimizer_update_8bit_blockwise.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, which the message names.
+    """
+    op = "optimizer_update_8bit"
+    check.one_of(op, "optimizer_name", optimizer_name, [rule for rule in RULES if rule != "ademamix"])
+    check.tensor(op, "p", p)
+    states: list[Any] = [(1, state1, qmap1, max1, new_max1)]
+    if optimizer_name in TWO_STATES:
+        states.append((2, state2, qmap2, max2, new_max2))
+    wide = [_widened(op, p, *state) for state in states]
+    check_apart(op, [{"p": p, "g": g, "state1": state1, "state2": state2}])
+    optimizer_update_32bit(
+        *(optimizer_name, g, p, wide[0], beta1, eps, step, lr, wide[1] if len(wide) > 1 else None, beta2),
+        weight_decay=weight_decay,
+        gnorm_scale=gnorm_scale,
+        unorm_vec=unorm_vec,
+        max_unorm=max_unorm,
+    )
+    for x, (number, state, qmap, _, scale) in zip(wide, states, strict=True):
+        scale.fill_(x.abs().max() if x.numel() else 0)
+        codes = state_codes(x.reshape(1, -1), scale.view(1), qmap.view(-1), is_root(optimizer_name, number))
+        state.copy_(codes.view(state.shape))
+
+
+def _widened(op: str, p: Tensor, number: int, state: Tensor, qmap: Tensor, scale: Tensor, new_scale: Tensor) -> Tensor:
+    """A state with one scale in fp32, its parts checked."""
+    sizes = {"state": p.numel(), "qmap": check.CODES, "max": 1, "new_max": 1}
+    for (name, size), x in zip(sizes.items(), (state, qmap, scale, new_scale), strict=True):
+        check.tensor(op, f"{name}{number}", x)
+        check.dtype(op, f"{name}{number}", x, torch.uint8 if name == "state" else torch.float32)
+        check.equal(op, f"{name}{number}", "elements", x.numel(), size)
+        check.same_device(op, p.device, **{f"{name}{number}": x})
+    return qmap.view(-1)[state.int()] * scale.view(())
+
+
+HISTORY = 100  # norms of gradients, of which percentile clipping takes one
+
+
+def clipped_norm(op: str, g: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> tuple[float, float, Tensor]:
+    """The norm of a gradient, the percentile of it and the norms before it, and what gnorm_vec becomes.
+
+    Elements that are not finite count as 0: a step skips them.
+    """
+    check.tensor(op, "gnorm_vec", gnorm_vec)
+    check.dtype(op, "gnorm_vec", gnorm_vec, torch.float32)
+    check.equal(op, "gnorm_vec", "elements", gnorm_vec.numel(), HISTORY)
+    norm = torch.linalg.vector_norm(g, dtype=torch.float64)
+    if not bool(norm.isfinite()):
+        norm = torch.linalg.vector_norm(g.nan_to_num(0, 0, 0), dtype=torch.float64)
+    square = norm.square().clamp(max=torch.finfo(torch.float32).max).float()
+    history = gnorm_vec.clone()
+    if step == 1 or not bool(history.any()):  # there is none yet
+        history[:] = square
+    history[step % HISTORY] = square
+    limit = history.view(-1).sort().values[percentile].sqrt()
+    return square.sqrt().item(), limit.item(), history
+
+
+def scale_to(norm: float, limit: float) -> float:
+    """The factor that makes a norm no greater than the limit."""
+    return limit / norm if norm > limit else 1.0
+
+
+@deprecated("percentile_clipping will be removed; optimizers have an option of that name.", category=FutureWarning)
+@torch.no_grad()
+def percentile_clipping(
+    grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int = 5
+) -> tuple[Tensor, Tensor, float]:
+    """Deprecated. The norm of a gradient, the percentile of the last 100 norms, and the factor that clips to it.
+
+    Args:
+        gnorm_vec: 100 fp32 elements, the squares of the norms; this one's is written to element step % 100, at step 1
+            to all.
+        step: from 1.
+        percentile: from 0 to 99, of the norms in ascending order.
+    """
+    op = "percentile_clipping"
+    check.tensor(op, "grad", grad)
+    check.dtype(op, "grad", grad, *check.FLOATS)
+    if not 0 <= percentile < HISTORY:
+        raise ValueError(f"{op}: percentile is {percentile}, expected 0 to {HISTORY - 1}")
+    norm, limit, history = clipped_norm(op, grad, gnorm_vec, step, percentile)
+    gnorm_vec.copy_(history)
+    found, most = (grad.new_tensor(x, dtype=torch.float32) for x in (norm, limit))
+    return found, most, scale_to(norm, limit)

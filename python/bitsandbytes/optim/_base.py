@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _checks as check
-from .._ops_optim import MOMENTUM, TWO_STATES, first_states
+from .._ops_optim import MOMENTUM, TWO_STATES, check_numbers, first_states
 from ..functional.codebooks import create_dynamic_map
+from ..functional.optim import HISTORY
 from ..functional.paged import paged_strided, prefetch_tensor
 from ._batch import Batch, State, batches_of, same
 from ._file_states import FileStates
@@ -30,6 +32,7 @@ PAGED_SIZE = 100_000  # elements from which on a state is worth paging
 class _Plan(NamedTuple):
     """How a group was stepped the last time."""
 
+    members: list[Tensor]
     params: list[Tensor]  # those with gradients
     states: list[State]
     version: int  # of the manager
@@ -69,6 +72,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.options: dict[str, bool] = {}
         self._plans: dict[int, _Plan] = {}
         self._sharding: tuple[Any, Sharding] | None = None
+        self._first_places: Any = None  # of parameters, by group and number, since places have options
         if optim_bits == 8:
             self.fill_qmap()
 
@@ -115,12 +119,23 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.mng = GlobalOptimManager.get_instance()
         self._plans = {}
         self._sharding = None
+        self._first_places = None
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer's, with the tensors of each state in a dict of their own, which FSDP leaves."""
-        result = super().state_dict()
+        """As torch.optim.Optimizer's, with the tensors of each state in a dict of their own, which FSDP leaves.
+
+        States of parameters that no group has any more are not in it.
+        """
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         numbers = {id(p): i for i, p in enumerate(params)}
+        states = self.state
+        kept = {p: entry for p, entry in states.items() if id(p) in numbers or not isinstance(p, Tensor)}
+        if len(kept) < len(states):
+            self.state = defaultdict(dict, kept)
+        try:
+            result = super().state_dict()
+        finally:
+            self.state = states
         late = {
             numbers[id(p)]: steps
             for batch in self._batches()
@@ -232,9 +247,21 @@ class Optimizer8bit(torch.optim.Optimizer):
         config = {key: group[key] for key in ("betas", "eps", "weight_decay", "lr")}
         config |= {"alpha": group.get("alpha", 0.0), "t_alpha": group.get("t_alpha"), "t_beta3": group.get("t_beta3")}
         config |= {key: getattr(self.args, key) for key in ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros")}
+        config["percentile_clipping"] = getattr(self.args, "percentile_clipping", HISTORY)
         if "seed" in group:
             config["seed"] = group["seed"]
-        return config | self.mng.options_of(group["params"][pindex], gindex, pindex)
+        return config | self._own_options(group["params"][pindex], gindex, pindex)
+
+    def _own_options(self, p: Tensor, gindex: int, pindex: int) -> dict[str, Any]:
+        """What the manager has for a parameter alone: for itself, else for the place where it was found first."""
+        if self.mng.index2config:
+            if self._first_places is None:
+                found = enumerate(group["params"] for group in self.param_groups)
+                self._first_places = WeakTensorKeyDictionary(
+                    {p: (g, i) for g, params in found for i, p in enumerate(params)}
+                )
+            gindex, pindex = self._first_places.setdefault(p, (gindex, pindex))
+        return self.mng.options_of(p, gindex, pindex)
 
     def _numbers(self, config: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments of the operator from lr to seed."""
@@ -274,7 +301,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # torch.compile leaves steps as they are
     def _step_groups(self) -> None:
-        work: list[tuple[Batch, dict[str, Any], list[Tensor]]] = []
+        owner = type(self).__name__
+        work: list[tuple[Batch, tuple[Any, ...], list[Tensor], int]] = []
         for gindex, group in enumerate(self.param_groups):
             grads = [p.grad for p in group["params"]]
             params = [p for p, g in zip(group["params"], grads, strict=True) if g is not None]
@@ -282,9 +310,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 continue
             grads = [g for g in grads if g is not None]
             if any(g.layout != torch.strided for g in grads):
-                raise RuntimeError(
-                    f"{type(self).__name__}: a gradient of group {gindex} is sparse, expected dense ones"
-                )
+                raise RuntimeError(f"{owner}: a gradient of group {gindex} is sparse, expected dense ones")
             plan = self._plan(gindex, group, params)
             if self.is_paged and params[0].is_cuda and not torch.cuda.is_current_stream_capturing():
                 for p in params:
@@ -292,22 +318,31 @@ class Optimizer8bit(torch.optim.Optimizer):
             for batch in plan.batches:
                 config = self.get_config(gindex, batch.pindex, group)
                 if batch.shards is not None:
-                    batch.shards.check(type(self).__name__, config["max_unorm"], config.get("seed"))
-                work.append((batch, config, [grads[i] for i in batch.places]))
-        for batch, config, own in work:  # nothing has changed until here
-            batch.run(self._numbers(config), own)
-        self.sharding.exchange.run(batch.shards for batch, _, _ in work if batch.shards is not None)
+                    batch.shards.check(owner, config["max_unorm"], config.get("seed"))
+                batch.check(owner, config["percentile_clipping"])
+                own = [grads[i] for i in batch.places]
+                work.append((batch, self._numbers(config), own, config["percentile_clipping"]))
+        if len(work) > 1:  # of one, the operator does it
+            for batch, numbers, *_ in work:
+                check_numbers(owner, f" of group {batch.gindex}", self.optimizer_name, *numbers)
+        for file in {id(file): file for batch, *_ in work for file in batch.files}.values():
+            file.begin_step()
+        for batch, numbers, own, percentile in work:  # nothing has changed until here
+            batch.run(numbers, own, percentile)
+        self.sharding.exchange.run(batch.shards for batch, *_ in work if batch.shards is not None)
 
     def _plan(self, gindex: int, group: dict[str, Any], params: list[Tensor]) -> _Plan:
         plan = self._plans.get(gindex)
         if (
             plan is not None
             and plan.version == self.mng.version
+            and same(plan.members, group["params"])
             and same(plan.params, params)
             and same(plan.states, [self.state.get(p) for p in params])
             and all(batch.is_current() for batch in plan.batches)
         ):
             return plan
+        self._sharding = None  # parameters may be others, in the same number
         places = {id(p): i for i, p in enumerate(group["params"])}
         self._count_graphs(gindex)
         for p in params:
@@ -316,10 +351,10 @@ class Optimizer8bit(torch.optim.Optimizer):
                 self.init_state(group, p, gindex, places[id(p)])
         states = [self.state[p] for p in params]
         indices = [places[id(p)] for p in params]
-        options = [self.mng.options_of(p, gindex, i) for p, i in zip(params, indices, strict=True)]
+        options = [self._own_options(p, gindex, i) for p, i in zip(params, indices, strict=True)]
         entries = list(zip(indices, params, states, options, strict=True))
-        batches = batches_of(gindex, self.optimizer_name, entries, self.sharding.places)
-        plan = _Plan(params, states, self.mng.version, batches)
+        batches = batches_of(type(self).__name__, gindex, self.optimizer_name, entries, self.sharding.places)
+        plan = _Plan(list(group["params"]), params, states, self.mng.version, batches)
         self._plans[gindex] = plan
         return plan
 
@@ -361,6 +396,8 @@ class Optimizer8bit(torch.optim.Optimizer):
                 state[f"absmax{number}"] = torch.zeros(absmax, dtype=torch.float32, device=p.device)
         if config["max_unorm"] > 0:
             state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
+        if config["percentile_clipping"] < HISTORY:
+            state["gnorm_vec"] = torch.zeros(HISTORY, dtype=torch.float32, device=p.device)
         self.state[p] = state
 
     def _first_shape(self, p: Tensor) -> tuple[int, ...]:
@@ -382,11 +419,16 @@ class Optimizer8bit(torch.optim.Optimizer):
         """One step of one parameter, for optimizers that have a step of their own."""
         if p.grad is None:
             raise RuntimeError(f"{type(self).__name__}: parameter {pindex} of group {gindex} has no gradient")
-        options = self.mng.options_of(p, gindex, pindex)
+        options = self._own_options(p, gindex, pindex)
         if id(p) in self.sharding.places:
             raise NotImplementedError(f"{type(self).__name__}: parameter {pindex} is sharded, expected step() for it")
-        (batch,) = batches_of(gindex, self.optimizer_name, [(pindex, p, self.state[p], options)], {})
-        batch.run(self._numbers(self.get_config(gindex, pindex, group)), [p.grad])
+        entries = [(pindex, p, self.state[p], options)]
+        (batch,) = batches_of(type(self).__name__, gindex, self.optimizer_name, entries, {})
+        config = self.get_config(gindex, pindex, group)
+        batch.check(type(self).__name__, config["percentile_clipping"])
+        for file in batch.files:
+            file.begin_step()
+        batch.run(self._numbers(config), [p.grad], config["percentile_clipping"])
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros of the shape and memory order of a parameter, for a state of it."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._checks import blocks
-from .._ops_optim import BLOCK, TWO_STATES, first_states
+from .._ops_optim import BLOCK, TWO_STATES, first_states, is_root
 from ..backends.default.optim import state_codes
 from ._place import Place, is_sharded, local_part, places_of
 
@@ -29,10 +29,7 @@ class Moment(NamedTuple):
     number: int
     row: int
     rows: int
-
-    @property
-    def signed(self) -> bool:
-        return self.number == 1
+    is_root: bool
 
     def codes(self, state: State) -> Tensor:
         return state[f"state{self.number}"].view(self.rows, -1)[self.row]
@@ -43,7 +40,8 @@ class Moment(NamedTuple):
 
 def moments_of(rule: str) -> list[Moment]:
     first = first_states(rule)
-    return [Moment(1, row, first) for row in range(first)] + ([Moment(2, 0, 1)] if rule in TWO_STATES else [])
+    found = [Moment(1, row, first, is_root(rule, 1)) for row in range(first)]
+    return [*found, Moment(2, 0, 1, True)] if rule in TWO_STATES else found
 
 
 class Piece(NamedTuple):
@@ -164,7 +162,7 @@ class Shards:
 
     def _maps(self) -> Iterator[tuple[int, Tensor, bool]]:
         for k, moment in enumerate(self.moments):
-            yield k, self.states[0][f"qmap{moment.number}"], moment.signed
+            yield k, self.states[0][f"qmap{moment.number}"], moment.is_root
 
     def lists(self, grads: Sequence[Tensor], steps: Sequence[int]) -> Lists:
         """The arguments of a step: uncut blocks, then pieces."""
@@ -207,8 +205,8 @@ class Shards:
 
     def encode(self, absmax: Tensor) -> None:
         """Makes codes of the pieces, whose blocks have this absmax."""
-        for k, qmap, signed in self._maps():
-            self.codes[k] = state_codes(self.values[k], absmax[k], qmap, signed)
+        for k, qmap, root in self._maps():
+            self.codes[k] = state_codes(self.values[k], absmax[k], qmap, root)
         self.absmax.copy_(absmax)
         _copy([(state, rows) for rows, state in self._codes])
         _copy([(state, row) for row, state in self._absmax])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._ops_optim import SQUARES_ALONE, TWO_STATES, check_state
+from .._ops_optim import TWO_STATES, check_state, is_root
+from ..functional.optim import HISTORY
 
 _OP = "load_state_dict"
 QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
@@ -72,9 +73,9 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
 
 
-def _check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
+def _check_number(name: str, value: Any, low: float = 0.0, high: float = _LARGEST) -> None:
     number = _plain(value)
-    allowed = f"a finite number of {low:g} or more" if high == math.inf else f"numbers from {low:g} to {high:g}"
+    allowed = f"a finite number of {low:g} or more" if high == _LARGEST else f"numbers from {low:g} to {high:g}"
     if not isinstance(number, Real) or not low <= (x := float(number)) <= high or not math.isfinite(x):
         raise ValueError(f"{_OP}: {name} is {value!r}, expected {allowed}")
 
@@ -152,15 +153,15 @@ def checked_state(name: str, saved: Any, rule: str, like: Tensor, first_shape: t
             raise ValueError(str(error).replace(f"{_OP}: ", f"{_OP}: {name}.", 1)) from None
         if qmap is not None and not bool((qmap[1:] >= qmap[:-1]).all()):
             raise ValueError(f"{_OP}: {name}.qmap{number} is not in ascending order, expected a sorted map without NaN")
-        second = number == 2 or rule in SQUARES_ALONE  # moments: squares
         if qmap is None or absmax is None:
-            _check_values(f"{name}.state{number}", state, 0.0 if second else -math.inf)
+            _check_values(f"{name}.state{number}", state, 0.0 if is_root(rule, number) else -math.inf)
         else:
             _check_values(f"{name}.qmap{number}", qmap, 0.0 if number == 2 else -math.inf)
             _check_values(f"{name}.absmax{number}", absmax, 0.0)
     if 2 in shapes:
         check.dtype(_OP, f"{name}.state2", entry["state2"], entry["state1"].dtype)
-    if "unorm_vec" in entry:
-        check.dtype(_OP, f"{name}.unorm_vec", _tensor(name, entry, "unorm_vec", like), torch.float32)
-        check.equal(_OP, f"{name}.unorm_vec", "size", entry["unorm_vec"].numel(), 1)
+    for key, size in (("unorm_vec", 1), ("gnorm_vec", HISTORY)):
+        if key in entry:
+            check.dtype(_OP, f"{name}.{key}", _tensor(name, entry, key, like), torch.float32)
+            check.equal(_OP, f"{name}.{key}", "size", entry[key].numel(), size)
     return entry

@@ -20,6 +20,9 @@ class Adagrad(Optimizer1State):
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """As torch.optim.Adagrad; the others as in Optimizer1State.
 
@@ -30,8 +33,9 @@ class Adagrad(Optimizer1State):
             raise ValueError("Initial accumulator value != 0.0 not supported!")
         if lr_decay != 0:
             raise ValueError("Lr Decay != 0.0 not supported!")
+        taken: dict[str, Any] = {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
         own = (optim_bits, args, min_8bit_size)
-        Optimizer1State.__init__(self, "adagrad", params, lr, (0.0, 0.0), eps, weight_decay, *own)
+        Optimizer1State.__init__(self, "adagrad", params, lr, (0.0, 0.0), eps, weight_decay, *own, **taken)
 
 
 class Adagrad8bit(Optimizer1State):

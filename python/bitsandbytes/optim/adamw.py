@@ -21,6 +21,9 @@ class AdamW(Optimizer2State):
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """As torch.optim.AdamW; the others as in Optimizer2State.
 
@@ -28,8 +31,9 @@ class AdamW(Optimizer2State):
             ValueError: amsgrad is set.
         """
         no_amsgrad(self, amsgrad)
+        taken: dict[str, Any] = {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
         own = (optim_bits, args, min_8bit_size)
-        Optimizer2State.__init__(self, "adam", params, lr, betas, eps, weight_decay, *own, is_paged=is_paged)
+        Optimizer2State.__init__(self, "adam", params, lr, betas, eps, weight_decay, *own, is_paged=is_paged, **taken)
 
 
 class AdamW8bit(Optimizer2State):

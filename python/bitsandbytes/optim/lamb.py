@@ -27,6 +27,9 @@ class LAMB(Optimizer2State):
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 1.0,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """betas, eps, weight_decay as in Adam; the others as in Optimizer2State.
 
@@ -34,8 +37,9 @@ class LAMB(Optimizer2State):
             ValueError: amsgrad is set.
         """
         no_amsgrad(self, amsgrad)
+        taken: dict[str, Any] = {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
         own = (optim_bits, args, min_8bit_size, max_unorm)
-        Optimizer2State.__init__(self, "lamb", params, lr, betas, eps, weight_decay, *own)
+        Optimizer2State.__init__(self, "lamb", params, lr, betas, eps, weight_decay, *own, **taken)
         self.options = {"bias_correction": bias_correction, "coupled_decay": not adam_w_mode}
 
 

@@ -24,6 +24,9 @@ class LARS(Optimizer1State):
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 0.02,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """As torch.optim.SGD; the others as in Optimizer1State.
 
@@ -32,8 +35,9 @@ class LARS(Optimizer1State):
         """
         if momentum == 0:
             raise NotImplementedError("LARS without momentum is not supported!")
+        taken: dict[str, Any] = {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
         own = (optim_bits, args, min_8bit_size, max_unorm)
-        Optimizer1State.__init__(self, "lars", params, lr, (momentum, dampening), 0.0, weight_decay, *own)
+        Optimizer1State.__init__(self, "lars", params, lr, (momentum, dampening), 0.0, weight_decay, *own, **taken)
         self.options = {"nesterov": nesterov}
 
 

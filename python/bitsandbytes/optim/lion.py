@@ -19,10 +19,14 @@ class Lion(Optimizer1State):
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """The arguments are those of Optimizer1State."""
+        taken: dict[str, Any] = {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
         own = (optim_bits, args, min_8bit_size)
-        Optimizer1State.__init__(self, "lion", params, lr, betas, 0.0, weight_decay, *own, is_paged=is_paged)
+        Optimizer1State.__init__(self, "lion", params, lr, betas, 0.0, weight_decay, *own, is_paged=is_paged, **taken)
 
 
 class Lion8bit(Optimizer1State):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .._ops_optim import LARGEST
+from ..functional.optim import HISTORY
 from ._base import Optimizer8bit
 from ._manager import GlobalOptimManager
 from ._state_dict import QUANT_STATE_KEY
@@ -26,6 +28,12 @@ def _betas(given: Any) -> tuple[float, ...]:
     return tuple(given)
 
 
+def check_percentile(op: str, percentile: Any) -> None:
+    if isinstance(percentile, bool) or not 0 <= percentile <= HISTORY or percentile != int(percentile):
+        allowed = f"a whole number from 0 to {HISTORY}"
+        raise ValueError(f"{op}: percentile_clipping is {percentile!r}, expected {allowed}")
+
+
 class _Common(NamedTuple):
     optim_bits: int
     args: Any
@@ -33,22 +41,33 @@ class _Common(NamedTuple):
     max_unorm: float
     skip_zeros: bool
     is_paged: bool
+    percentile_clipping: int
+    block_wise: bool
 
 
 def _setup(self: Optimizer8bit, name: str, params: Any, defaults: dict[str, Any], common: _Common) -> None:
     """What both kinds of optimizers check and keep."""
-    if not defaults["lr"] >= 0.0:
+    if not 0.0 <= defaults["lr"] <= LARGEST:
         raise ValueError(f"Invalid learning rate: {defaults['lr']}")
-    if not defaults["eps"] >= 0.0:
+    if not 0.0 <= defaults["eps"] <= LARGEST:
         raise ValueError(f"Invalid epsilon value: {defaults['eps']}")
     defaults["betas"] = _betas(defaults["betas"])
     for i, beta in enumerate(defaults["betas"]):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not defaults["weight_decay"] >= 0.0:
+    if not 0.0 <= defaults["weight_decay"] <= LARGEST:
         raise ValueError(f"Invalid weight_decay value: {defaults['weight_decay']}")
+    op, other = type(self).__name__, "percentile_clipping and block_wise go by name"
+    if common.is_paged not in (True, False):  # as by releases that had percentile_clipping in this place
+        raise TypeError(f"{op}: is_paged is {common.is_paged!r}, expected True or False; {other}")
+    for options in (common, common.args):
+        check_percentile(op, getattr(options, "percentile_clipping", HISTORY))
+        if not getattr(options, "block_wise", True):
+            raise ValueError(
+                f"{op}: block_wise is False, expected True: states have a scale for each block, not one alone"
+            )
     Optimizer8bit.__init__(self, params, defaults, common.optim_bits, common.is_paged)
-    options = {key: value for key, value in common._asdict().items() if key not in ("args", "is_paged")}
+    options = {key: value for key, value in common._asdict().items() if key not in ("args", "is_paged", "block_wise")}
     self.args = MockArgs(options) if common.args is None else common.args
     self.optimizer_name = name
 
@@ -73,6 +92,9 @@ class Optimizer2State(Optimizer8bit):
         alpha: float = 0.0,
         t_alpha: int | None = None,
         t_beta3: int | None = None,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """
         Args:
@@ -80,19 +102,24 @@ class Optimizer2State(Optimizer8bit):
             lr, eps, weight_decay: 0 or more.
             betas: from 0 to below 1.
             optim_bits: 32, or 8 for states in 8 bits, in blocks of 256 with a scale each.
-            args: an object with the attributes optim_bits, min_8bit_size, max_unorm and skip_zeros, instead of those.
+            args: an object with the attributes optim_bits, min_8bit_size, max_unorm and skip_zeros, and with
+                percentile_clipping if wanted, instead of those.
             min_8bit_size: parameters with fewer elements have states of 32 bits.
             max_unorm: the update becomes no longer than this times the norm of the parameter; 0 for no limit.
             skip_zeros: pass over elements whose gradient is 0.
             is_paged: let states of large parameters on a GPU live in memory that it shares with the CPU.
             alpha, t_alpha, t_beta3: of AdEMAMix.
+            percentile_clipping: a gradient becomes no longer than this percentile of the last 100 norms of it, which
+                the state `gnorm_vec` holds; 100 for no limit.
+            block_wise: True: there is no other way.
 
         Raises:
             ValueError: a number out of its range.
         """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
-        common = _Common(optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
+        own = (percentile_clipping, block_wise)
+        common = _Common(optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged, *own)
         _setup(self, optimizer_name, params, defaults, common)
 
 
@@ -113,6 +140,9 @@ class Optimizer1State(Optimizer8bit):
         max_unorm: float = 0.0,
         skip_zeros: bool = False,
         is_paged: bool = False,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """
         Args:
@@ -123,5 +153,6 @@ class Optimizer1State(Optimizer8bit):
             ValueError: a number out of its range.
         """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        common = _Common(optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
+        own = (percentile_clipping, block_wise)
+        common = _Common(optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged, *own)
         _setup(self, optimizer_name, params, defaults, common)

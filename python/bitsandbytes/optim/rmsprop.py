@@ -21,6 +21,9 @@ class RMSprop(Optimizer1State):
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """As torch.optim.RMSprop; the others as in Optimizer1State.
 
@@ -31,8 +34,9 @@ class RMSprop(Optimizer1State):
             raise NotImplementedError("RMSprop with alpha==0.0 is not supported!")
         if centered:
             raise NotImplementedError("Centered RMSprop is not supported!")
+        taken: dict[str, Any] = {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
         own = (optim_bits, args, min_8bit_size)
-        Optimizer1State.__init__(self, "rmsprop", params, lr, (alpha, momentum), eps, weight_decay, *own)
+        Optimizer1State.__init__(self, "rmsprop", params, lr, (alpha, momentum), eps, weight_decay, *own, **taken)
         if momentum != 0:
             raise NotImplementedError("RMSprop with momentum is not supported!")
 

@@ -23,6 +23,9 @@ class SGD(Optimizer1State):
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
     ) -> None:
         """As torch.optim.SGD; the others as in Optimizer1State.
 
@@ -31,8 +34,9 @@ class SGD(Optimizer1State):
         """
         if momentum == 0:
             raise NotImplementedError("SGD without momentum is not supported!")
+        taken: dict[str, Any] = {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
         own = (optim_bits, args, min_8bit_size)
-        Optimizer1State.__init__(self, "momentum", params, lr, (momentum, dampening), 0.0, weight_decay, *own)
+        Optimizer1State.__init__(self, "momentum", params, lr, (momentum, dampening), 0.0, weight_decay, *own, **taken)
         self.options = {"nesterov": nesterov}
 
 

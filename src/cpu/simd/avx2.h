@@ -124,7 +124,7 @@ struct Avx2 {
   };
 
   // See Dynamic8. The segment comes by bisection; the eighth boundary, that of 1.0, is left to the end, so that 8 lanes hold the line.
-  template <bool is_signed, bool keep_sign> struct EncodeDynamic {
+  template <bool is_signed, Keep keep> struct EncodeDynamic {
     I32 first, second, third, last, limit;
     F32 slope, icept, top;
     explicit EncodeDynamic(const Dynamic8& d) : slope(load(d.slope)), icept(load(d.icept)), top(load(d.top)) {
@@ -143,9 +143,9 @@ struct Avx2 {
       for (; n > 0; n -= 32, x += 32, codes += 32) {
         I32 y[4], c[4];
         for (int j = 0; j < 4; ++j) {
-          // With keep_sign the sign is to say x < 0: that of -0.0 goes.
+          // To keep what is negative the sign is to say x < 0: that of -0.0 goes.
           const F32 v = load(x + 8 * j);
-          const I32 t = bits(keep_sign ? fma(v, set1(inv), zero()) : mul(v, set1(inv)));
+          const I32 t = bits(keep == Keep::negative ? fma(v, set1(inv), zero()) : mul(v, set1(inv)));
           const I32 magnitude = is_signed ? _mm256_and_si256(t, _mm256_set1_epi32(0x7fffffff)) : t;
           const auto above = [&](I32 cut) { return _mm256_cmpgt_epi32(magnitude, cut); };
           const auto choose = [](I32 from, I32 by) { return bits(_mm256_permutevar_ps(floats(from), by)); };
@@ -154,9 +154,11 @@ struct Avx2 {
           s = _mm256_abs_epi32(_mm256_add_epi32(_mm256_add_epi32(s, s), above(choose(third, s))));
           const F32 line = fma(floats(magnitude), _mm256_permutevar8x32_ps(slope, s), _mm256_permutevar8x32_ps(icept, s));
           y[j] = bits(_mm256_min_ps(line, _mm256_permutevar8x32_ps(top, s)));
+          if constexpr (keep == Keep::positive)  // at least that of h = 1, far from all thresholds, where x > 0
+            y[j] = _mm256_max_epi32(y[j], _mm256_sign_epi32(bits(set1(Dynamic8::offset(is_signed) + 1)), bits(v)));
           if constexpr (!is_signed) y[j] = _mm256_add_epi32(y[j], y[j]);  // now the upper half ends with h, the lower is the fraction
           I32 h = _mm256_sub_epi32(_mm256_and_si256(_mm256_srli_epi32(y[j], 16), _mm256_set1_epi32(0xff)), above(last));
-          if constexpr (keep_sign) h = _mm256_max_epi32(h, _mm256_srli_epi32(t, 31));
+          if constexpr (keep == Keep::negative) h = _mm256_max_epi32(h, _mm256_srli_epi32(t, 31));
           const I32 sign = _mm256_srai_epi32(t, 31);
           c[j] = is_signed ? _mm256_add_epi32(_mm256_set1_epi32(127), _mm256_sub_epi32(_mm256_xor_si256(h, sign), sign)) : h;
         }
@@ -172,8 +174,7 @@ struct Avx2 {
           for (int j = 0; j < 4; ++j)
             for (auto lanes = static_cast<uint32_t>(close(y[j])); lanes; lanes &= lanes - 1) {
               const int i = 8 * j + __builtin_ctz(lanes) / 4;
-              codes[i] = encoder(read(x + i) * inv);
-              if (keep_sign && codes[i] == 127 && read(x + i) < 0) codes[i] = 126;
+              codes[i] = kept<keep>(*encoder.dynamic, read(x + i), encoder(read(x + i) * inv));
             }
       }
     }

@@ -199,7 +199,7 @@ struct Avx512 {
   };
 
   // Codes to |values| of a map of 7 decades; see Dynamic8.
-  template <bool is_signed, bool keep_sign> struct EncodeDynamic {
+  template <bool is_signed, Keep keep> struct EncodeDynamic {
     I32 step0, step1;
     F32 slope, icept, top;
     uint32_t unsure;
@@ -221,8 +221,8 @@ struct Avx512 {
       const F32 lowest = set1(0x1p-31f);
       I32 y[V];
       for (int j = 0; j < V; ++j) {
-        // With keep_sign the sign is to say x < 0: that of -0.0 goes.
-        const F32 v = load(x + 16 * j), t = keep_sign ? fma(v, set1(inv), zero()) : mul(v, set1(inv));
+        // To keep what is negative the sign is to say x < 0: that of -0.0 goes.
+        const F32 v = load(x + 16 * j), t = keep == Keep::negative ? fma(v, set1(inv), zero()) : mul(v, set1(inv));
         // max(|t|, 2^-31), of the unsigned map max(t, 2^-31)
         const I32 key = bits(is_signed ? _mm512_range_ps(t, lowest, 11) : _mm512_max_ps(t, lowest));
         const I32 exponent = _mm512_srli_epi32(key, 23);
@@ -234,8 +234,12 @@ struct Avx512 {
           y[j] = bits(_mm512_range_ps(fma(t, a, c), most, 2));
         } else {
           y[j] = bits(_mm512_min_ps(fma(floats(key), a, b), most));
-          y[j] = _mm512_add_epi32(y[j], y[j]);
         }
+        if constexpr (keep == Keep::positive) {  // at least that of h = 1, far from all thresholds, where x > 0
+          const F32 line = floats(y[j]);
+          y[j] = bits(_mm512_mask_max_ps(line, _mm512_cmp_ps_mask(v, zero(), _CMP_GT_OQ), line, set1(Dynamic8::offset(is_signed) + 1)));
+        }
+        if constexpr (!is_signed) y[j] = _mm512_add_epi32(y[j], y[j]);
       }
       // Now the upper half of a lane is the sign, what does not count, and h in 8 bits; the lower one is the fraction.
       // Byte 4 i + k holds element i of vector 0, 2, 1, 3. h = 128 exists for 1.0 alone, not for -1.0.
@@ -246,7 +250,7 @@ struct Avx512 {
       if constexpr (is_signed) {
         const I32 zero_code = _mm512_set1_epi8(127);
         const __mmask64 negative = _mm512_movepi8_mask(_mm512_mask_mov_epi8(_mm512_srli_epi32(even, 8), odd, rest));
-        const I32 least = keep_sign ? _mm512_max_epu8(c, _mm512_set1_epi8(1)) : c;
+        const I32 least = keep == Keep::negative ? _mm512_max_epu8(c, _mm512_set1_epi8(1)) : c;
         c = _mm512_mask_sub_epi8(_mm512_add_epi8(zero_code, c), negative, zero_code, _mm512_min_epu8(least, zero_code));
       }
       const I32 near = _mm512_shuffle_epi8(c, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15)));
@@ -264,8 +268,7 @@ struct Avx512 {
         for (int j = 0; j < V; ++j)
           for (uint32_t close = _mm512_mask_cmplt_epu16_mask(0x55555555, y[j], limit); close; close &= close - 1) {
             const int i = 16 * j + __builtin_ctz(close) / 2;
-            codes[i] = encoder(read(x + i) * inv);
-            if (keep_sign && codes[i] == 127 && read(x + i) < 0) codes[i] = 126;
+            codes[i] = kept<keep>(*encoder.dynamic, read(x + i), encoder(read(x + i) * inv));
           }
     }
   };

@@ -6,6 +6,7 @@ The rules of src/optim_rules.h, operation by operation, each rounded to fp32; do
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -16,10 +17,14 @@ from ..._ops_optim import (
     MOMENTUM,
     SQUARES_ALONE,
     TWO_STATES,
+    check_apart,
+    check_numbers,
     check_optimizer_step,
+    check_scale,
     check_update_8bit,
     check_update_32bit,
     first_states,
+    is_root,
 )
 from ..utils import default_kernel, nearest_codes
 from .stochastic import rounded_stochastically
@@ -147,20 +152,23 @@ def _blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
 
 
-def state_codes(x: Tensor, absmax: Tensor, qmap: Tensor, signed: bool) -> Tensor:
-    """The codes of blocks, the last dimension of x. A first moment below 0 never gets the code of 0."""
+def state_codes(x: Tensor, absmax: Tensor, qmap: Tensor, is_root: bool) -> Tensor:
+    """The codes of blocks, the last dimension of x. A first moment below 0 never gets the code of 0, nor does a second
+    moment (`is_root`) above 0."""
     codes = nearest_codes(x * (1 / absmax.clamp(min=1e-38))[..., None], qmap)
-    if signed:
-        values, below = qmap[codes.int()], qmap[(codes.int() - 1).clamp(min=0)]
-        codes -= ((x < 0) & (values >= 0) & (below < 0) & (codes > 0)).to(torch.uint8)
-    return codes
+    values = qmap[codes.int()]
+    if is_root:
+        above = qmap[(codes.int() + 1).clamp(max=check.CODES - 1)]
+        return codes + ((x > 0) & (values <= 0) & (above > 0)).to(torch.uint8)
+    below = qmap[(codes.int() - 1).clamp(min=0)]
+    return codes - ((x < 0) & (values >= 0) & (below < 0)).to(torch.uint8)
 
 
 class _State:
     """One moment of one tensor: fp32, or codes with a map and the absmax of each block."""
 
-    def __init__(self, stored: Tensor, absmax: Tensor | None, qmap: Tensor | None, signed: bool) -> None:
-        self.stored, self.absmax, self.signed = stored, absmax, signed
+    def __init__(self, stored: Tensor, absmax: Tensor | None, qmap: Tensor | None, is_root: bool) -> None:
+        self.stored, self.absmax, self.is_root = stored, absmax, is_root
         self.qmap = None if stored.dtype == torch.float32 or qmap is None else qmap.reshape(-1)
 
     def load(self) -> Tensor:
@@ -175,7 +183,7 @@ class _State:
             return
         blocks = _blocks(x)
         absmax = blocks.abs().amax(1) if len(blocks) else blocks.new_zeros(0)
-        codes = state_codes(blocks, absmax, self.qmap, self.signed)
+        codes = state_codes(blocks, absmax, self.qmap, self.is_root)
         self.stored.copy_(codes.view(-1)[: self.stored.numel()])
         self.absmax.copy_(absmax)
 
@@ -186,12 +194,12 @@ def _states(
     """The moments of a tensor of n elements, those of state 1 first."""
     found = []
     blocks = check.blocks(n, BLOCK)
-    for stored, scales, values, signed in zip(state, absmax, qmap, (True, False), strict=True):
+    for number, stored, scales, values in zip((1, 2), state, absmax, qmap, strict=True):
         if stored is not None:
             flat = stored.view(-1)
-            for i in range(first_states(rule) if signed else 1):
+            for i in range(first_states(rule) if number == 1 else 1):
                 part = None if scales is None else scales.view(-1)[i * blocks : (i + 1) * blocks]
-                found.append(_State(flat[i * n : (i + 1) * n], part, values, signed))
+                found.append(_State(flat[i * n : (i + 1) * n], part, values, is_root(rule, number)))
     return found
 
 
@@ -257,10 +265,13 @@ def _(
     gnorm_scale: float,
     skip_zeros: bool = False,
 ) -> None:
+    op, numbers = "optimizer_update_32bit", (lr, beta1, beta2, beta3, alpha, eps, weight_decay)
     check_update_32bit(optimizer_name, g, p, state1, state2, unorm_vec, step)
-    betas = (beta1, beta2, beta3)
-    config = Config(optimizer_name, lr, *betas, alpha, eps, weight_decay, max_unorm=max_unorm, skip_zeros=skip_zeros)
+    check_numbers(op, "", optimizer_name, *numbers, max_unorm=max_unorm)
+    check_scale(op, "", gnorm_scale, param_norm if max_unorm > 0 else None)
     second = state2 if optimizer_name in TWO_STATES else None
+    check_apart(op, [{"p": p, "g": g, "state1": state1, "state2": second}])
+    config = Config(optimizer_name, *numbers, max_unorm=max_unorm, skip_zeros=skip_zeros)
     states = _states(optimizer_name, p.numel(), (state1, second), (None, None), (None, None))
     _step(config, p, g, states, step, unorm_vec, 0, gnorm_scale, param_norm)
 
@@ -287,9 +298,13 @@ def _(
     gnorm_scale: float,
     skip_zeros: bool = False,
 ) -> None:
+    op, numbers = "optimizer_update_8bit_blockwise", (lr, beta1, beta2, beta3, alpha, eps, weight_decay)
     check_update_8bit(optimizer_name, g, p, state1, state2, step, qmap1, qmap2, absmax1, absmax2)
-    config = Config(optimizer_name, lr, beta1, beta2, beta3, alpha, eps, weight_decay, skip_zeros=skip_zeros)
+    check_numbers(op, "", optimizer_name, *numbers)
+    check_scale(op, "", gnorm_scale)
     second = state2 if optimizer_name in TWO_STATES else None
+    check_apart(op, [{"p": p, "g": g, "state1": state1, "state2": second, "absmax1": absmax1, "absmax2": absmax2}])
+    config = Config(optimizer_name, *numbers, skip_zeros=skip_zeros)
     states = _states(optimizer_name, p.numel(), (state1, second), (absmax1, absmax2), (qmap1, qmap2))
     _step(config, p, g, states, step, gnorm_scale=gnorm_scale)
 
@@ -330,21 +345,18 @@ def _(
 ) -> None:
     lists = (p, g, state1, state2, absmax1, absmax2, unorm)
     check_optimizer_step(optimizer_name, *lists, qmap1, qmap2, steps, offsets, gnorm_scales, p_norms, clock)
-    numbers = (lr, beta1, beta2, beta3, alpha, eps, weight_decay)
-    config = Config(
-        optimizer_name,
-        *numbers,
-        t_alpha=t_alpha,
-        t_beta3=t_beta3,
-        max_unorm=max_unorm,
-        skip_zeros=skip_zeros,
-        dampening=dampening,
-        nesterov=nesterov,
-        bias_correction=bias_correction,
-        coupled_decay=coupled_decay,
-        seed=seed,
+    op, two = "optimizer_step", optimizer_name in TWO_STATES
+    numbers = (
+        *(lr, beta1, beta2, beta3, alpha, eps, weight_decay, t_alpha, t_beta3, max_unorm),
+        *(skip_zeros, dampening, nesterov, bias_correction, coupled_decay, seed),
     )
-    two = optimizer_name in TWO_STATES
+    check_numbers(op, "", optimizer_name, *numbers)
+    for i, (scale, norm) in enumerate(zip_longest(gnorm_scales, p_norms)):
+        check_scale(op, f"[{i}]", 1.0 if scale is None else scale, norm)
+    parts = {"p": p, "g": g, "state1": state1, "absmax1": absmax1}
+    parts |= {"state2": state2, "absmax2": absmax2} if two else {}
+    check_apart(op, [{name: x[i] if x else None for name, x in parts.items()} for i in range(len(p))])
+    config = Config(optimizer_name, *numbers)
     late = 0 if clock is None else int(clock.item())
     for i, tensor in enumerate(p):
         state = (state1[i], state2[i] if two else None)
