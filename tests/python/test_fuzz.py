@@ -124,7 +124,7 @@ MESSAGES: list[tuple[str, str, Any]] = [
     ("blocksize", "0", lambda: ops.quantize_4bit(w(), 0, "nf4", U8)),
     ("blocksize", "-64", lambda: ops.quantize_4bit(w(), -64, "nf4", U8)),
     ("blocksize", str(2**40), lambda: ops.quantize_4bit(w(), 2**40, "nf4", U8)),
-    ("blocksize", "8192", lambda: ops.quantize_blockwise(w(), code8(), 8192)),
+    ("blocksize", "-8192", lambda: ops.quantize_blockwise(w(), code8(), -8192)),
     ("quant_type", "int4", lambda: ops.quantize_4bit(w(), 64, "int4", U8)),
     ("quant_type", "NF4", lambda: ops.dequantize_4bit(packed(), torch.ones(2), 64, "NF4", [2, 64], F32)),
     ("quant_storage", "bool", lambda: ops.quantize_4bit(w(), 64, "nf4", torch.bool)),

@@ -11,14 +11,14 @@ name2qmap: dict[str, torch.Tensor] = {}  # "dynamic": the signed dynamic map on 
 def _values(name: str, entries: int, **numbers: float) -> torch.Tensor:
     """A map of bnb/codebook.h on the CPU, by the name of its maker and the numbers it takes."""
     out = torch.empty(entries, dtype=torch.float32, device="cpu")
-    torch.ops.bitsandbytes.create_map.default(out, name, [float(min(max(n, -1e9), 1e9)) for n in numbers.values()])
+    torch.ops.bitsandbytes.create_map.default(out, name, [float(n) for n in numbers.values()])
     return out
 
 
 def _map(name: str, **numbers: float) -> torch.Tensor:
     for argument, value in numbers.items():
-        if not isinstance(value, int | float if argument == "offset" else int):
-            kind = "a number" if argument == "offset" else "a whole number"
+        if not isinstance(value, int | float if argument == "offset" else int) or abs(value) > 1000:
+            kind = "a number between 0.5 and 1" if argument == "offset" else "a small whole number"
             raise ValueError(f"create_{name}_map: {argument} is {value!r}, expected {kind}")
     return _values(name, check.CODES, **numbers).to(torch.get_default_device())  # where torch.tensor would make it
 
