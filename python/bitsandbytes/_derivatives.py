@@ -115,7 +115,7 @@ class _Rule(torch.autograd.function._SingleLevelFunction):
                 if i == bias:
                     found[i] = as_rows(grad).sum(0, dtype=args[i].dtype).view(args[i].shape)
                 else:
-                    found[i] = torch.matmul(grad, weight_of(grad.dtype, *args[1:]))
+                    found[i] = (as_rows(grad) @ weight_of(grad.dtype, *args[1:])).view(args[i].shape)
         return None, None, *found
 
     @staticmethod

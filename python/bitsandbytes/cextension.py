@@ -206,7 +206,7 @@ def load(native: Native, *others: ct.CDLL) -> BNBNativeLibrary:
                 return CudaBNBNativeLibrary(functions) if native is CUDA else BNBNativeLibrary(functions)
             reason = f"it has no kernel for {', '.join(missing)}"
         except (OSError, AttributeError) as error:
-            reason = str(error)
+            reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
     message = (
         f"bitsandbytes cannot run on {native.title} because its native library {path} is not usable ({reason}); "
         f"{native.advice}."

@@ -389,3 +389,57 @@ def test_torch_func_and_compile(where: str) -> None:
     found, expected = transformed(x), jvp(layer, (x,), (x / 2,))
     for a, b in zip(found, expected, strict=True):
         ref.assert_bits(a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "8bit floats"])
+@pytest.mark.parametrize("shape", [(K,), (1, K), (3, K)], ids=str)
+def test_forward_over_backward_without_torch_func(kind: str, shape: tuple[int, ...]) -> None:
+    """A tangent that is batched while its tensor is not: 1-d products of torch itself fail for these."""
+    layer: Any = bnb.nn.Linear4bit(K, N, quant_type="nf4")
+    if kind != "4bit":
+        layer = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=kind == "8bit floats")
+    layer.to("cpu")
+    x = torch.randn(shape)
+    cubes = lambda x: (layer(x) ** 3).sum()  # noqa: E731
+    options = {"vectorize": True, "outer_jacobian_strategy": "forward-mode"}
+    found = torch.autograd.functional.hessian(cubes, x, **options)
+    torch.testing.assert_close(found, torch.autograd.functional.hessian(cubes, x))
+
+
+@pytest.mark.parametrize("make", [bnb.nn.Linear4bit, lambda k, n: bnb.nn.Linear8bitLt(k, n, has_fp16_weights=False)])
+def test_weights_without_their_scales(make: Any) -> None:
+    """What torch.func gives in place of a weight is codes alone: the scales are the layer's, or it is an error."""
+    first, second = make(K, N).to("cpu"), make(K, N).to("cpu")
+    x = rows(3)
+    codes = {"weight": first.weight.detach(), "bias": torch.zeros(N)}
+    expected = functional_call(first, {"bias": torch.zeros(N)}, (x,))
+    ref.assert_bits(functional_call(first, codes, (x,)), expected)
+    ref.assert_bits(torch.func.functionalize(lambda x: functional_call(first, codes, (x,)))(x), expected)
+    stacked = torch.func.stack_module_state([first, second])
+    with pytest.raises(RuntimeError, match=r"weight is a batch of vmap and its scales are not"):
+        vmap(lambda p, b: functional_call(first, (p, b), (x,)))(*stacked)
+    ref.assert_bits(first(x).detach(), functional_call(first, {}, (x,)).detach())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict: bool) -> None:
+    layer = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False).to("cpu")
+    x = rows(3)
+    exported = torch.export.export(layer, (x,), strict=strict).module()
+    ref.assert_bits(exported(x).detach(), layer(x).detach())
+    assert type(layer.state.CB) is torch.Tensor and layer.state.CB.data_ptr() == layer.weight.data_ptr()
+
+
+@pytest.mark.parametrize("make", [bnb.nn.Linear4bit, lambda k, n: bnb.nn.Linear8bitLt(k, n, has_fp16_weights=False)])
+def test_a_weight_that_moves_to_where_it_is_outlives_a_transform(make: Any) -> None:
+    """As PEFT moves it in a forward with DoRA."""
+    layer, x = make(K, N).to("cpu"), rows(3)
+    expected = layer(x).detach()
+
+    def call(x: Tensor) -> Tensor:
+        layer.weight = layer.weight.to("cpu")
+        return layer(x)
+
+    ref.assert_bits(jvp(call, (x,), (x,))[0].detach(), expected)
+    grad(lambda x: call(x).sum())(x)
+    ref.assert_bits(layer(x).detach(), expected)

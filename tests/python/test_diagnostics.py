@@ -55,6 +55,11 @@ def test_what_does_not_work_is_told_and_ends_with_status_1(env, setting, said):
     assert done.stdout.splitlines()[-1].startswith(f"FAILURE: {len(checks.CHECKS)} checks failed (cpu: ")
 
 
+def test_settings_in_no_encoding_are_shown(env):
+    done = run(env=env | {"PYTHONIOENCODING": "ascii", "BNB_ANYTHING": "\u00fc"})
+    assert done.returncode == 0 and "BNB_ANYTHING=\\" in done.stdout
+
+
 def test_unknown_arguments_end_with_status_2(capsys):
     with pytest.raises(SystemExit) as ended:
         main.main(["--jsno"])

@@ -169,6 +169,25 @@ def test_copies_know_the_codes_once() -> None:
     assert again.CB is None and torch.equal(again.to("cpu").CB, again.data) and again.CB.data_ptr() != p.data_ptr()
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_copies_have_codes_that_nobody_read_yet(copied: Any) -> None:
+    p, codes = layer8().weight, codes_of()
+    p.__dict__["CB"] = codes
+    other = copied(p)
+    assert torch.equal(other.data, codes) and torch.equal(other.CB, codes)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_floats_in_place_of_codes_are_an_error(learns: bool) -> None:
+    layer, x = layer8(), torch.randn(3, 64)
+    layer(x)
+    layer.weight.data = torch.randn(24, 64)
+    with torch.set_grad_enabled(learns), pytest.raises((TypeError, ValueError), match=r"float32, expected int8"):
+        layer(x)
+    layer.to("cpu")
+    assert layer.weight.dtype == torch.int8 and layer(x).shape == (3, 24)
+
+
 def test_codes_of_a_weight_on_the_meta_device() -> None:
     """As when weights are offloaded: codes that were assigned count, though the data cannot become them."""
     layer, x, codes, scales = layer8(), torch.randn(3, 64), codes_of(), torch.rand(24)

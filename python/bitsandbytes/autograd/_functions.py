@@ -319,7 +319,7 @@ class _LearnedInt8Product(torch.autograd.Function):
         grad_A = grad_B = grad_bias = None
         if grad is not None:
             if ctx.needs_input_grad[0]:
-                grad_A = torch.matmul(grad, _dequantized(CB, SCB, grad.dtype, B))
+                grad_A = (as_rows(grad) @ _dequantized(CB, SCB, grad.dtype, B)).view(A.shape)
             if ctx.needs_input_grad[1]:
                 grad_B = (as_rows(grad).t() @ as_rows(A)).to(B.dtype)
             if bias is not None and ctx.needs_input_grad[4]:

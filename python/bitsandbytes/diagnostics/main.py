@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata as importlib_metadata
+import io
 import json
 import os
 import platform
@@ -175,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     given = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and settings may be in no encoding
     facts = collect()
     if given.json:
         print(json.dumps(facts, indent=2))

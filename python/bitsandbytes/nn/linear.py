@@ -37,7 +37,20 @@ def weight_and_state(module: Any) -> tuple[Tensor, QuantState]:
             raise RuntimeError(f"{name}: weight is not quantized, expected .to(device) to be called on the layer first")
         if isinstance(weight, Params4bit):
             weight.quant_state = state
+        refuse_stacked(module, weight, state.absmax)
     return weight, state
+
+
+def refuse_stacked(module: Any, weight: Tensor, scales: Tensor) -> None:
+    """Raises RuntimeError for weights of several layers, as torch.func.stack_module_state has them, with the scales of
+    one."""
+    is_batched = torch._C._functorch.is_batchedtensor
+    if is_batched(weight) and not is_batched(scales):
+        name = type(module).__name__
+        raise RuntimeError(
+            f"{name}: weight is a batch of vmap and its scales are not, expected quantized weights to stay out of the "
+            f"parameters that are stacked"
+        )
 
 
 def bias_in(dtype: torch.dtype, bias: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from .. import _ops_int8
 from .._derivatives import derivatives_wanted
 from ..autograd._functions import MatMul8bitLt, MatmulLtState, int8_product, quantized_rows
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
-from .linear import bias_in, is_tied, linear_of_floats
-from .params import Int8Params, same_memory
+from .linear import bias_in, is_tied, linear_of_floats, refuse_stacked
+from .params import Int8Params, has_memory, same_memory
 
 _grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -185,6 +185,10 @@ class Linear8bitLt(torch.nn.Linear):
         if _functorch_active() or forward_ad._current_level >= 0:  # derivatives_wanted(), without its call
             y = _int8_linear(x, weight, SCB, bias, state.threshold)
         elif _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+            if weight.is_floating_point():  # its data were replaced; the operators below look at it themselves
+                raise TypeError(
+                    f"Linear8bitLt: weight has dtype {weight.dtype}, expected int8: .to(device) quantizes it"
+                )
             y = MatMul8bitLt.apply(x, weight, None, bias, state)
         else:
             y = _int8_forward(x, weight, SCB, bias, state.threshold)
@@ -195,7 +199,7 @@ class Linear8bitLt(torch.nn.Linear):
         state = self.state
         if weight.is_floating_point() and (state.has_fp16_weights or getattr(weight, "CB", None) is None):
             return weight, None
-        if not _in_dynamo():
+        if not _in_dynamo() and has_memory(weight):
             with _agreeing:
                 self.init_8bit_state()
         SCB = getattr(weight, "SCB", None)
@@ -204,6 +208,7 @@ class Linear8bitLt(torch.nn.Linear):
             raise RuntimeError("Linear8bitLt: weight.SCB is None, expected the scales of a weight of dtype int8")
         if weight.is_meta and state.CB is not None:  # only the codes were given
             weight = state.CB
+        refuse_stacked(self, weight, SCB)
         return weight, SCB
 
     def _multiply_floats(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,6 +33,9 @@ class _QuantizedParameter(torch.nn.Parameter):
         """Brings what belongs to the data to the device of `data`, in place."""
         raise NotImplementedError
 
+    def _settle(self) -> None:
+        """Makes the data agree with the attributes, before both are copied."""
+
     def _with_data(self, data: Tensor) -> Self:
         """A parameter around `data` that knows what this one knows."""
         new = Tensor._make_subclass(type(self), data, self.requires_grad)
@@ -54,6 +57,10 @@ class _QuantizedParameter(torch.nn.Parameter):
                 return self._quantize(device)
             return self._with_data(self.data.to(device=device, dtype=dtype, non_blocking=non_blocking))
         if device is None:
+            return self
+        if device == self.device:  # as Tensor.to; under torch.func a new one would not outlive its transform
+            if device.type != "meta":
+                self._move_state(self.data)
             return self
         new = self._with_data(self.data.to(device=device, non_blocking=non_blocking))
         # torch.nn.Module keeps this object and takes over the data of the new one, so the state moves in place. The
@@ -97,11 +104,13 @@ class _QuantizedParameter(torch.nn.Parameter):
         return self._with_data(data) if data.is_meta else data
 
     def __copy__(self) -> Self:
+        self._settle()
         return self._with_data(self.data)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if id(self) in memo:
             return memo[id(self)]
+        self._settle()
         new = self._with_data(copy.deepcopy(self.data, memo))
         memo[id(self)] = new
         for key, value in self._knowledge().items():
@@ -110,6 +119,7 @@ class _QuantizedParameter(torch.nn.Parameter):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        self._settle()
         return _rebuild, (type(self), self.data, self.requires_grad), self._knowledge()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -255,8 +265,19 @@ for _name, _path in {
     setattr(Params4bit, _name, _fsdp_property(_name, _path))
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has an address. Those that stand for others in torch.func and torch.export have none."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.device == b.device
+    return (
+        has_memory(a) and has_memory(b) and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.device == b.device
+    )
 
 
 class Int8Params(_QuantizedParameter):
