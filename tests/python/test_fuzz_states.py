@@ -25,7 +25,7 @@ def load_fuzzer() -> Any:
 fuzzer = load_fuzzer()
 
 
-@pytest.mark.parametrize(("target", "cases"), [("optimizer", 150)])
+@pytest.mark.parametrize(("target", "cases"), [("quant_state", 1500), ("optimizer", 150)])
 def test_broken_states(target: str, cases: int) -> None:
     counts, faults = fuzzer.run(target, SEED, iter(range(cases)))
     assert not faults, "\n".join(faults)

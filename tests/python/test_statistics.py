@@ -555,6 +555,38 @@ def test_broken_files_are_refused_by_layers_with_the_name_of_the_entry() -> None
             Params4bit.from_prequantized(packed, broken, device="cpu")
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_packed_codes_are_not_read_with_the_statistics_of_others(assign: bool, strict: bool) -> None:
+    old, new = (Linear4bit(96, 40, bias=False).to("cpu") for _ in range(2))
+    x = torch.randn(2, 96)
+    before, saved = old(x), new.state_dict()
+    packed = saved["weight"]
+    cases = {
+        "absmax, quant_map and quant_state are missing": {"weight": packed},
+        "absmax is on the meta device": saved | {"weight.absmax": saved["weight.absmax"].to("meta")},
+    }
+    if not assign:  # which makes a layer on the meta device
+        cases["its tensor is on the meta device"] = saved | {"weight": packed.to("meta")}
+    for message, broken in cases.items():
+        with pytest.raises(RuntimeError, match=f"weight: .*{message}"):
+            torch.nn.Sequential(old).load_state_dict(
+                {f"0.{k}": v for k, v in broken.items()}, strict=strict, assign=assign
+            )
+        assert torch.equal(old(x), before)
+    without = {k: v for k, v in saved.items() if k != "weight"}
+    assert "weight" in old.load_state_dict(without, strict=False, assign=assign).missing_keys
+    assert torch.equal(old(x), before)
+
+
+def test_states_with_entries_on_the_meta_device() -> None:
+    items = quantized(True)[1].as_dict(packed=True)
+    for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
+        on_meta = {**items, name: items[name].to("meta")}
+        refused(on_meta, f"{name} is on the meta device, expected a tensor with data")
+        assert F.QuantState.from_dict(on_meta, "meta").absmax.is_meta
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),

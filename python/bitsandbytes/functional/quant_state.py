@@ -114,7 +114,8 @@ class QuantState:
             ValueError: keys are missing, unknown, or name more than one state; an entry, which the message names, is
                 none of a state, or does not fit the others.
         """
-        items = Items(qs_dict, (*cls.valid_qs_type_keys, "bitsandbytes__None"), cls.valid_qs_keys)  # None: 8 bits
+        type_keys = (*cls.valid_qs_type_keys, "bitsandbytes__None")  # None: 8 bits
+        items = Items(qs_dict, type_keys, cls.valid_qs_keys, device)
         quant_type = items.quant_type()
         four_bits = quant_type is not None
         blocksize = items.integer("blocksize", check.BLOCKSIZES if four_bits else None)

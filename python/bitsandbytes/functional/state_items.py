@@ -17,13 +17,13 @@ _REQUIRED_NESTED = {"nested_quant_map", "nested_blocksize", "nested_dtype", "nes
 
 
 class Items:
-    """The entries by their names without path, those of the JSON text among them.
+    """The entries by their names without path, those of the JSON text among them, for a state on `device`.
 
     Raises:
         ValueError: qs_dict is no dict of one state.
     """
 
-    def __init__(self, qs_dict: Any, type_keys: Sequence[str], known: Sequence[str]) -> None:
+    def __init__(self, qs_dict: Any, type_keys: Sequence[str], known: Sequence[str], device: Any = None) -> None:
         if not isinstance(qs_dict, dict) or not all(isinstance(key, str) for key in qs_dict):
             raise ValueError(f"{_OP}: qs_dict is {type(qs_dict).__name__}, expected a dict of entries by name")
         packed = [k for k, v in qs_dict.items() if isinstance(v, torch.Tensor) and k.rpartition(".")[2] in type_keys]
@@ -33,6 +33,7 @@ class Items:
             )
         if len(packed) > 1:
             raise ValueError(f"{_OP}: qs_dict has the states {check.listing(packed)}, expected one")
+        self._to_meta = device is None or torch.device(device).type == "meta"  # None: tensors stay where they are
         self._values: dict[str, Any] = {}
         self._names: dict[str, str] = {}  # as messages have them
         self._packed = packed[0] if packed else None
@@ -120,6 +121,8 @@ class Items:
         value = self._values[name]
         if not isinstance(value, torch.Tensor):
             self._fail(name, f"is {type(value).__name__}, not a tensor", "a tensor")
+        if value.is_meta and not self._to_meta:
+            self._fail(name, "is on the meta device", "a tensor with data")
         if value.layout != torch.strided or value.is_quantized:
             self._fail(name, f"has layout {value.layout}", "a dense tensor")
         if value.dtype != dtype if dtype is not None else not value.is_floating_point():

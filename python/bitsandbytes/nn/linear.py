@@ -202,11 +202,14 @@ class Linear4bit(torch.nn.Linear):
     ) -> None:
         """As torch.nn.Linear, and a packed weight with its state, into a quantized layer or a fresh one."""
         key = f"{prefix}weight"
+        packed = state_dict.get(key)
         stats = {k: v for k, v in state_dict.items() if k.startswith(f"{key}.")}
-        if stats and isinstance(state_dict.get(key), Tensor):
+        # Packed codes of the size of this layer's say nothing without their own statistics.
+        alone = not stats and getattr(self.weight, "quant_state", None) is not None
+        if isinstance(packed, Tensor) and (stats or (alone and packed.shape == self.weight.shape)):
             try:
                 assign = local_metadata.get("assign_to_params_buffers", False)
-                self._load_packed(state_dict[key], {k[len(key) + 1 :]: v for k, v in stats.items()}, assign)
+                self._load_packed(packed, {k[len(key) + 1 :]: v for k, v in stats.items()}, assign)
             except ValueError as error:
                 error_msgs.append(f"{key}: {error}")
             state_dict = {k: v for k, v in state_dict.items() if k not in stats and k != key}
@@ -223,6 +226,10 @@ class Linear4bit(torch.nn.Linear):
     def _load_packed(self, packed: Tensor, stats: dict[str, Any], assign: bool) -> None:
         old = self.weight
         device = packed.device if assign or old.is_meta else old.device
+        if not stats:
+            raise ValueError("its absmax, quant_map and quant_state are missing, expected them beside packed codes")
+        if packed.is_meta and device.type != "meta":
+            raise ValueError(f"its tensor is on the meta device, expected one with data for {device}")
         state = QuantState.from_dict(stats, device)
         shape = (self.out_features, self.in_features)
         if state.shape != shape:

@@ -275,7 +275,8 @@ class Linear8bitLt(torch.nn.Linear):
         self.init_8bit_state()
         if not isinstance(weight, Tensor) or torch.int8 not in (weight.dtype, self.weight.dtype):
             if SCB is not None:
-                error_msgs.append(f"{scales_key}: {_NOT_QUANTIZED}: the weight is floats, expected no scales")
+                found = "the weight is floats" if isinstance(weight, Tensor) else "there is no weight"
+                error_msgs.append(f"{scales_key}: {_NOT_QUANTIZED}: {found}, expected no scales")
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
         if weight is not stored:
