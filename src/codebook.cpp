@@ -131,7 +131,9 @@ std::vector<float> create_normal_map(double offset, bool use_extra_value) {
 std::vector<float> create_fp8_map(bool is_signed, int exponent_bits, int precision_bits, int total_bits) {
   const Checker check("create_fp8_map");
   check_bits(check, total_bits);
-  check.that(exponent_bits >= is_signed && exponent_bits <= 7, "exponent_bits", exponent_bits, is_signed ? "1 to 7" : "0 to 7");
+  const int most = std::min(7, total_bits - is_signed);
+  check.that(exponent_bits >= is_signed && exponent_bits <= most, "exponent_bits", exponent_bits,
+             (is_signed ? "1 to " : "0 to ") + std::to_string(most));
   check.that(precision_bits == total_bits - is_signed - exponent_bits, "precision_bits", precision_bits,
              std::to_string(total_bits - is_signed - exponent_bits) + ", what total_bits leaves");
   std::vector<float> values;

@@ -110,6 +110,7 @@ TEST(Codebook, ImpossibleArguments) {
   EXPECT_THROW(create_fp8_map(true, 5, 5, 8), Error);
   EXPECT_THROW(create_fp8_map(true, -1, 8, 8), Error);
   EXPECT_THROW(create_fp8_map(true, 5, 2, 9), Error);
+  EXPECT_THROW(create_fp8_map(false, 7, -6, 1), Error);  // more bits of exponent than there are
 }
 
 }  // namespace

@@ -245,7 +245,7 @@ void optimizers(Memory& memory, Bytes& bytes) {
   const auto rule = static_cast<Optimizer>(bytes.rarely() ? bytes.byte() : bytes.below(kOptimizers));
   OptimizerConfig config{.rule = rule};
   const auto change = [&](double& x) {
-    if (bytes.byte() < 40) x = bytes.flip() ? static_cast<double>(bytes.raw<float>()) : bytes.byte() / 64.0 - 0.5;
+    if (bytes.byte() < 40) x = bytes.flip() ? bytes.raw<double>() : bytes.byte() / 64.0 - 0.5;
   };
   for (double* x : {&config.lr, &config.beta1, &config.beta2, &config.beta3, &config.alpha, &config.eps, &config.weight_decay,
                     &config.max_unorm, &config.dampening})
