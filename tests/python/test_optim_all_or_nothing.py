@@ -88,6 +88,18 @@ def test_a_parameter_of_another_shape_than_its_state_is_refused(name: str, shape
     assert torch.equal(first, before) and bool((p == 1).all())
 
 
+def test_a_parameter_of_a_later_group_that_became_float64_is_refused() -> None:
+    first, p = parameter(30), parameter(5000)
+    optimizer = make("AdamW8bit", [{"params": [first]}, {"params": [p]}])
+    optimizer.step()
+    p.data, p.grad = p.data.double(), None
+    p.grad = torch.ones_like(p)
+    before = first.detach().clone()
+    with pytest.raises(ValueError, match="AdamW8bit: parameter 0 of group 1 has dtype float64, expected float32"):
+        optimizer.step()
+    assert torch.equal(first, before) and optimizer.state[first]["step"] == 1
+
+
 @pytest.mark.parametrize("where", ("native", "plain torch"))
 def test_operators_refuse_states_of_another_shape(where: str) -> None:
     call = None if where == "native" else lambda *args: on_other_device("optimizer_step", *args)

@@ -123,6 +123,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"percentile_clipping": 101}, ValueError, "percentile_clipping is 101, expected a whole number from 0 to 100"),
     ({"percentile_clipping": -1}, ValueError, "percentile_clipping is -1"),
     ({"percentile_clipping": 2.5}, ValueError, "percentile_clipping is 2.5"),
+    ({"percentile_clipping": "5"}, ValueError, "percentile_clipping is '5'"),
+    ({"percentile_clipping": None}, ValueError, "percentile_clipping is None"),
     ({"block_wise": False}, ValueError, "block_wise is False, expected True: states have a scale for each block"),
 ]
 
@@ -166,8 +168,17 @@ def test_the_function_warns_and_works() -> None:
         assert limit.item() == pytest.approx(math.sqrt(sorted(history.squares)[5]), rel=1e-5)
     with pytest.raises(ValueError, match="percentile_clipping: gnorm_vec has elements 10, expected 100"):
         F.percentile_clipping(g, torch.zeros(10), 1, 5)
-    with pytest.raises(ValueError, match="percentile_clipping: percentile is 100, expected 0 to 99"):
-        F.percentile_clipping(g, norms, 1, 100)
+    wrong: list[tuple[Any, Any, str]] = [
+        (1, 100, "percentile is 100, expected a whole number from 0 to 99"),
+        (1, 5.5, "percentile is 5.5"),
+        (0, 5, "step is 0, expected a whole number of 1 or more"),
+        ("1", 5, "step is '1'"),
+    ]
+    before = norms.clone()
+    for step, percentile, message in wrong:
+        with pytest.raises(ValueError, match=f"percentile_clipping: {message}"):
+            F.percentile_clipping(g, norms, step, percentile)
+    assert torch.equal(norms, before)
 
 
 @pytest.mark.parametrize("rule", ("adam", "momentum", "rmsprop", "lion"))
@@ -192,3 +203,16 @@ def test_states_with_one_scale_follow_those_of_32_bits(rule: str) -> None:
     assert (found - wide[0]).norm() < 0.1 * wide[0].norm()
     with pytest.raises(ValueError, match="optimizer_update_8bit: max1 has elements 2, expected 1"):
         F.optimizer_update_8bit(rule, g, p, *states, 0.9, 0.99, 1e-8, 1, 1e-2, *maps, torch.zeros(2), old[1], *new)
+
+
+def test_histories_are_fp32_under_any_default_dtype() -> None:
+    p = parameter(5000)
+    optimizer = make("AdamW8bit", [p])
+    optimizer.step()
+    optimizer.args.percentile_clipping = 5  # after the state was made
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["gnorm_vec"].dtype == torch.float32

@@ -1,5 +1,6 @@
 """One step of an optimizer for one tensor, in place. bitsandbytes.optim takes whole models at once."""
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -211,6 +212,12 @@ def _widened(op: str, p: Tensor, number: int, state: Tensor, qmap: Tensor, scale
 HISTORY = 100  # norms of gradients, of which percentile clipping takes one
 
 
+def check_percentile(op: str, name: str, percentile: Any, most: int = HISTORY) -> None:
+    number = isinstance(percentile, Real) and not isinstance(percentile, bool)
+    if not number or not 0 <= percentile <= most or percentile != int(percentile):
+        raise ValueError(f"{op}: {name} is {percentile!r}, expected a whole number from 0 to {most}")
+
+
 def clipped_norm(op: str, g: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> tuple[float, float, Tensor]:
     """The norm of a gradient, the percentile of it and the norms before it, and what gnorm_vec becomes.
 
@@ -227,7 +234,7 @@ def clipped_norm(op: str, g: Tensor, gnorm_vec: Tensor, step: int, percentile: i
     if step == 1 or not bool(history.any()):  # there is none yet
         history[:] = square
     history[step % HISTORY] = square
-    limit = history.view(-1).sort().values[percentile].sqrt()
+    limit = history.view(-1).sort().values[int(percentile)].sqrt()
     return square.sqrt().item(), limit.item(), history
 
 
@@ -252,8 +259,9 @@ def percentile_clipping(
     op = "percentile_clipping"
     check.tensor(op, "grad", grad)
     check.dtype(op, "grad", grad, *check.FLOATS)
-    if not 0 <= percentile < HISTORY:
-        raise ValueError(f"{op}: percentile is {percentile}, expected 0 to {HISTORY - 1}")
+    check_percentile(op, "percentile", percentile, HISTORY - 1)
+    if isinstance(step, bool) or not isinstance(step, Integral) or step < 1:
+        raise ValueError(f"{op}: step is {step!r}, expected a whole number of 1 or more")
     norm, limit, history = clipped_norm(op, grad, gnorm_vec, step, percentile)
     gnorm_vec.copy_(history)
     found, most = (grad.new_tensor(x, dtype=torch.float32) for x in (norm, limit))

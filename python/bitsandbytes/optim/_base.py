@@ -179,7 +179,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             saved = part_of(name, saved, p, self.sharding, rule, self._qmap)
             entry = checked_state(name, saved, rule, part, self._first_shape(part))
             if entry and self.args.max_unorm > 0:  # files of other rules have none
-                entry.setdefault("unorm_vec", torch.zeros(1, device=p.device))
+                entry.setdefault("unorm_vec", torch.zeros(1, dtype=torch.float32, device=p.device))
             states[p] = {k: self._loaded(k, value, p, move_to_device) for k, value in entry.items()}
         for group, own in zip(groups, self.param_groups, strict=True):
             group["params"] = own["params"]
@@ -325,6 +325,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         if len(work) > 1:  # of one, the operator does it
             for batch, numbers, *_ in work:
                 check_numbers(owner, f" of group {batch.gindex}", self.optimizer_name, *numbers)
+                batch.check_dtypes(owner)
         for file in {id(file): file for batch, *_ in work for file in batch.files}.values():
             file.begin_step()
         for batch, numbers, own, percentile in work:  # nothing has changed until here

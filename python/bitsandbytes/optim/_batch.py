@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from .._ops_optim import TWO_STATES, first_states
 from ..functional.optim import HISTORY, Flat, clipped_norm, scale_to
 from ._file_states import MappedFile, files_of
@@ -18,7 +19,9 @@ from ._sharding import Shards
 
 State = dict[str, Any]
 
-_shape, _is_contiguous = operator.attrgetter("shape"), operator.methodcaller("is_contiguous")
+_shape, _dtype = operator.attrgetter("shape"), operator.attrgetter("dtype")
+_is_contiguous = operator.methodcaller("is_contiguous")
+_FLOATS = frozenset(check.FLOATS)
 _TENSORS = ("state1", "state2", "absmax1", "absmax2", "unorm_vec")
 
 
@@ -81,6 +84,12 @@ class Batch:
                 if shape != made:
                     raise self._changed(owner, index, shape, made)
 
+    def check_dtypes(self, owner: str) -> None:
+        """That the operator takes the parameters, which it would say only after it has stepped those of other calls."""
+        if not _FLOATS.issuperset(map(_dtype, self.params)):
+            for index, p in zip(self.indices, self.params, strict=True):
+                check.dtype(owner, f"parameter {index} of group {self.gindex}", p, *check.FLOATS)
+
     def is_current(self) -> bool:
         """Whether the states still hold the tensors listed here."""
         return all(
@@ -114,7 +123,7 @@ class Batch:
         op, scales, after = "percentile_clipping", [], []
         for state, g, step in zip(self.states, grads, steps, strict=True):
             if "gnorm_vec" not in state:
-                state["gnorm_vec"] = torch.zeros(HISTORY, device=g.device)
+                state["gnorm_vec"] = torch.zeros(HISTORY, dtype=torch.float32, device=g.device)
             norm, limit, history = clipped_norm(op, g, state["gnorm_vec"], step, percentile)
             scales.append(scale_to(norm, limit))
             after.append(history)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._ops_optim import LARGEST
-from ..functional.optim import HISTORY
+from ..functional.optim import HISTORY, check_percentile
 from ._base import Optimizer8bit
 from ._manager import GlobalOptimManager
 from ._state_dict import QUANT_STATE_KEY
@@ -26,12 +26,6 @@ def _betas(given: Any) -> tuple[float, ...]:
     if isinstance(given, str):  # "(0.9, 0.999)"
         given = [float(x) for x in given.strip("() ").split(",")]
     return tuple(given)
-
-
-def check_percentile(op: str, percentile: Any) -> None:
-    if isinstance(percentile, bool) or not 0 <= percentile <= HISTORY or percentile != int(percentile):
-        allowed = f"a whole number from 0 to {HISTORY}"
-        raise ValueError(f"{op}: percentile_clipping is {percentile!r}, expected {allowed}")
 
 
 class _Common(NamedTuple):
@@ -61,7 +55,7 @@ def _setup(self: Optimizer8bit, name: str, params: Any, defaults: dict[str, Any]
     if common.is_paged not in (True, False):  # as by releases that had percentile_clipping in this place
         raise TypeError(f"{op}: is_paged is {common.is_paged!r}, expected True or False; {other}")
     for options in (common, common.args):
-        check_percentile(op, getattr(options, "percentile_clipping", HISTORY))
+        check_percentile(op, "percentile_clipping", getattr(options, "percentile_clipping", HISTORY))
         if not getattr(options, "block_wise", True):
             raise ValueError(
                 f"{op}: block_wise is False, expected True: states have a scale for each block, not one alone"
