@@ -129,7 +129,9 @@ class Shards:
         self._values: list[tuple[Tensor, Tensor]] = []  # in rows, in `plain`
         for j, (i, begin, end, block) in enumerate(self.pieces):
             n, state, at = end - begin, self.states[i], block - self.places[i].first_block
-            plain = {f"state{x.number}": torch.empty((x.rows, n), device=device) for x in self.moments}
+            plain = {
+                f"state{x.number}": torch.empty((x.rows, n), dtype=torch.float32, device=device) for x in self.moments
+            }
             self.plain.append(plain)
             for k, moment in enumerate(self.moments):
                 self._codes.append((self.codes[k, j, :n], moment.codes(state)[begin:end]))
