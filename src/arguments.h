@@ -212,7 +212,7 @@ class OptimizerMemory {
     pieces_.push_back({m.begin, m.begin + m.bytes, m.argument, tensor, written});
   }
   void check_apart(Checker& check, bool many) {
-    std::ranges::sort(order_);
+    std::ranges::sort(order_, {}, &std::pair<uintptr_t, uint32_t>::first);
     const Piece *furthest = nullptr, *furthest_written = nullptr;
     for (const auto& [begin, i] : order_) {
       const Piece& x = pieces_[i];

@@ -83,8 +83,10 @@ template <class Device> struct StepArguments {
   }
   // A state is flat or has the shape of the parameter; two of it are one behind the other.
   void same_shape(std::string_view argument, const Tensor& state, const Tensor& p, bool doubled) const {
-    const auto given = sizes(state), wanted = sizes(p);
-    if (given.size() < 2u + doubled || wanted.size() < 2) return;
+    const auto wanted = sizes(p);
+    if (wanted.size() < 2) return;
+    const auto given = sizes(state);
+    if (given.size() < 2u + doubled) return;
     if (given.size() == wanted.size() + doubled && std::ranges::equal(given.last(wanted.size()), wanted)) return;
     args.fail(argument, "of shape " + text(given), (doubled ? "two in front of " : "") + text(wanted) + ", the shape of p");
   }

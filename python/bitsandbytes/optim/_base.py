@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ from ._sharded_files import make_whole, part_of
 from ._sharding import Sharding
 from ._state_dict import QUANT_STATE_KEY, check_key, checked_groups, checked_state, is_mapping, wrap
 
+_grad, _layout = operator.attrgetter("grad"), operator.attrgetter("layout")
 PAGED_SIZE = 100_000  # elements from which on a state is worth paging
 
 
@@ -304,12 +306,13 @@ class Optimizer8bit(torch.optim.Optimizer):
         owner = type(self).__name__
         work: list[tuple[Batch, tuple[Any, ...], list[Tensor], int]] = []
         for gindex, group in enumerate(self.param_groups):
-            grads = [p.grad for p in group["params"]]
-            params = [p for p, g in zip(group["params"], grads, strict=True) if g is not None]
+            params, grads = group["params"], list(map(_grad, group["params"]))
+            if type(None) in set(map(type, grads)):
+                params = [p for p, g in zip(params, grads, strict=True) if g is not None]
+                grads = [g for g in grads if g is not None]
             if not params:
                 continue
-            grads = [g for g in grads if g is not None]
-            if any(g.layout != torch.strided for g in grads):
+            if set(map(_layout, grads)) != {torch.strided}:
                 raise RuntimeError(f"{owner}: a gradient of group {gindex} is sparse, expected dense ones")
             plan = self._plan(gindex, group, params)
             if self.is_paged and params[0].is_cuda and not torch.cuda.is_current_stream_capturing():
@@ -324,7 +327,9 @@ class Optimizer8bit(torch.optim.Optimizer):
                 work.append((batch, self._numbers(config), own, config["percentile_clipping"]))
         if len(work) > 1:  # of one, the operator does it
             for batch, numbers, *_ in work:
-                check_numbers(owner, f" of group {batch.gindex}", self.optimizer_name, *numbers)
+                if batch.numbers != numbers:
+                    check_numbers(owner, f" of group {batch.gindex}", self.optimizer_name, *numbers)
+                    batch.numbers = numbers
                 batch.check_dtypes(owner)
         for file in {id(file): file for batch, *_ in work for file in batch.files}.values():
             file.begin_step()
@@ -339,7 +344,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             and plan.version == self.mng.version
             and same(plan.members, group["params"])
             and same(plan.params, params)
-            and same(plan.states, [self.state.get(p) for p in params])
+            and same(plan.states, list(map(self.state.get, params)))
             and all(batch.is_current() for batch in plan.batches)
         ):
             return plan
@@ -355,7 +360,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         options = [self._own_options(p, gindex, i) for p, i in zip(params, indices, strict=True)]
         entries = list(zip(indices, params, states, options, strict=True))
         batches = batches_of(type(self).__name__, gindex, self.optimizer_name, entries, self.sharding.places)
-        plan = _Plan(list(group["params"]), params, states, self.mng.version, batches)
+        plan = _Plan(list(group["params"]), list(params), states, self.mng.version, batches)
         self._plans[gindex] = plan
         return plan
 

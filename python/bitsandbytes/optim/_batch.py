@@ -19,14 +19,9 @@ from ._sharding import Shards
 
 State = dict[str, Any]
 
+_PLAIN, _FLOATS = frozenset((torch.nn.Parameter, Tensor)), frozenset(check.FLOATS)
 _shape, _dtype = operator.attrgetter("shape"), operator.attrgetter("dtype")
-_is_contiguous = operator.methodcaller("is_contiguous")
-_FLOATS = frozenset(check.FLOATS)
 _TENSORS = ("state1", "state2", "absmax1", "absmax2", "unorm_vec")
-
-
-def is_plain(p: Tensor) -> bool:
-    return type(p) in (torch.nn.Parameter, Tensor)
 
 
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -48,6 +43,7 @@ class Batch:
     files: list[MappedFile] = field(default_factory=list)  # where the states are
     shards: Shards | None = None  # if the parameters are sharded
     shapes: list[torch.Size] = field(default_factory=list)  # of the parameters, which are those of the states
+    numbers: tuple[Any, ...] = ()  # that were found right
     clock: Tensor | None = None  # counts the steps of a captured graph
     captured: bool = False
 
@@ -78,8 +74,7 @@ class Batch:
             what = "a CUDA graph is captured" if self.shards is None else "a parameter is sharded"
             name = f"{owner}: percentile_clipping of group {self.gindex}"
             raise NotImplementedError(f"{name} is {percentile} while {what}, expected {HISTORY}: the CPU reads norms")
-        shapes = list(map(_shape, self.params))
-        if shapes != self.shapes and self.shards is None:
+        if self.shards is None and (shapes := list(map(_shape, self.params))) != self.shapes:
             for index, shape, made in zip(self.indices, shapes, self.shapes, strict=True):
                 if shape != made:
                     raise self._changed(owner, index, shape, made)
@@ -112,7 +107,7 @@ class Batch:
             lists = self.shards.lists(grads, steps)
             self._call(numbers, lists.p, lists.g, lists.tensors, lists.steps, self.shards.offsets, clock)
             self.shards.after(lists)
-        elif all(map(is_plain, self.params)) and all(map(_is_contiguous, chain(self.params, grads))):
+        elif _PLAIN.issuperset(map(type, self.params)) and all(map(Tensor.is_contiguous, chain(self.params, grads))):
             self._call(numbers, self.params, grads, self.tensors, steps, [], clock)
         else:
             self._run_flat(numbers, grads, steps, clock)

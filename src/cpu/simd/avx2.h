@@ -154,8 +154,6 @@ struct Avx2 {
           s = _mm256_abs_epi32(_mm256_add_epi32(_mm256_add_epi32(s, s), above(choose(third, s))));
           const F32 line = fma(floats(magnitude), _mm256_permutevar8x32_ps(slope, s), _mm256_permutevar8x32_ps(icept, s));
           y[j] = bits(_mm256_min_ps(line, _mm256_permutevar8x32_ps(top, s)));
-          if constexpr (keep == Keep::positive)  // at least that of h = 1, far from all thresholds, where x > 0
-            y[j] = _mm256_max_epi32(y[j], _mm256_sign_epi32(bits(set1(Dynamic8::offset(is_signed) + 1)), bits(v)));
           if constexpr (!is_signed) y[j] = _mm256_add_epi32(y[j], y[j]);  // now the upper half ends with h, the lower is the fraction
           I32 h = _mm256_sub_epi32(_mm256_and_si256(_mm256_srli_epi32(y[j], 16), _mm256_set1_epi32(0xff)), above(last));
           if constexpr (keep == Keep::negative) h = _mm256_max_epi32(h, _mm256_srli_epi32(t, 31));
@@ -163,7 +161,12 @@ struct Avx2 {
           c[j] = is_signed ? _mm256_add_epi32(_mm256_set1_epi32(127), _mm256_sub_epi32(_mm256_xor_si256(h, sign), sign)) : h;
         }
         // Packing saturates: -1.0 would have code -1.
-        const I32 packed = _mm256_packus_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+        I32 packed = _mm256_packus_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+        if constexpr (keep == Keep::positive) {  // at least the code above that of 0 where x > 0: then its bits, packed, are not 0
+          const auto pair = [&](int j) { return _mm256_packs_epi32(bits(load(x + 8 * j)), bits(load(x + 8 * j + 8))); };
+          const I32 positive = _mm256_min_epu8(_mm256_packus_epi16(pair(0), pair(2)), _mm256_set1_epi8(1));
+          packed = _mm256_max_epu8(packed, is_signed ? _mm256_sign_epi8(_mm256_set1_epi8(-128), positive) : positive);
+        }
         const I32 out = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), out);
 
