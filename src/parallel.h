@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <type_traits>
 
@@ -15,6 +16,18 @@ ParallelFor current_parallel_for();
 
 // Guards what the whole process shares. fork() waits for its holder, so that no child finds it held. Nothing is called under it.
 std::mutex& process_mutex();
+
+// The one T of the process, made by the first call and never destroyed, as other threads may still run when the process exits. The guard of
+// a static variable would not do: in a child of fork() it may be held for ever, by a thread that the child does not have.
+template <class T> T& process_wide() {
+  static constinit std::atomic<T*> kept{nullptr};
+  T* made = kept.load(std::memory_order_acquire);
+  if (made) [[likely]]
+    return *made;
+  auto mine = std::make_unique<T>();
+  if (kept.compare_exchange_strong(made, mine.get(), std::memory_order_acq_rel)) made = mine.release();
+  return *made;
+}
 
 // A job of `count` units, in at most as many equal shares as there are threads, of which long ones are cut into up to four chunks; each is
 // of `grain` units or more, but for the last. A thread takes those of its own share first, for it may have their data in its cache since

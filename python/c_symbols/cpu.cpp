@@ -7,6 +7,7 @@
 #include "../../src/check.h"
 #include "../../src/cpu/convert.h"
 #include "../../src/cpu/features.h"
+#include "../../src/parallel.h"
 #include "table.h"
 
 namespace bnb::c_symbols {
@@ -105,16 +106,17 @@ BNB_CPU_SYMBOLS(BNB_DEFINE)
 BNB_EXPORT_TABLE(BNB_CPU_SYMBOLS)
 
 // Beside those of the released package, for diagnostics: the names of instruction sets, as bnb/cpu.h has them. Null after an error.
+namespace {
+struct IsaNames {
+  std::string text;
+  IsaNames() {
+    for (const auto name : supported_isas()) text.append(text.empty() ? "" : " ").append(name);
+  }
+};
+}  // namespace
 extern "C" BNB_EXPORT const char* bnb_active_isa() {
   return guarded([] { return active_isa().data(); });
 }
 extern "C" BNB_EXPORT const char* bnb_supported_isas() {
-  return guarded([] {
-    static const std::string names = [] {
-      std::string list;
-      for (const auto name : supported_isas()) list.append(list.empty() ? "" : " ").append(name);
-      return list;
-    }();
-    return names.c_str();
-  });
+  return guarded([] { return process_wide<IsaNames>().text.c_str(); });
 }

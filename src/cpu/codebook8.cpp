@@ -121,17 +121,11 @@ struct DynamicEntries {
   }
 };
 
-// Made once, or by several threads of which one's stays: no lock that a child of fork() might find held. Never destroyed: a thread may
-// still run when the process exits.
-const DynamicEntries& dynamic_entries() {
-  static constinit std::atomic<const DynamicEntries*> kept{nullptr};
-  const DynamicEntries* made = kept.load(std::memory_order_acquire);
-  if (made) [[likely]]
-    return *made;
-  auto mine = std::make_unique<DynamicEntries>();
-  if (kept.compare_exchange_strong(made, mine.get(), std::memory_order_acq_rel)) made = mine.release();
-  return *made;
-}
+// The last ones that were made for other maps, guarded by process_mutex.
+struct KeptEntries {
+  std::array<Entry, 4> entries;
+  size_t oldest = 0;
+};
 
 bool same(const Map& a, const Map& b) {
   return std::ranges::equal(a, b, [](float x, float y) { return bits_of(x) == bits_of(y); });
@@ -142,11 +136,10 @@ bool same(const Map& a, const Map& b) {
 std::shared_ptr<const Encoder8> encoder_for(std::span<const float> given, int64_t n) {
   Map code;
   std::copy_n(given.begin(), code.size(), code.begin());
-  for (const auto& entry : dynamic_entries().entries)
+  for (const auto& entry : process_wide<DynamicEntries>().entries)
     if (same(entry.code, code)) return entry.encoder;
 
-  static auto& kept = *new std::array<Entry, 4>;  // never destroyed
-  static size_t oldest = 0;
+  auto& [kept, oldest] = process_wide<KeptEntries>();
   {
     std::lock_guard lock(process_mutex());
     for (const auto& entry : kept)

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "../parallel.h"
 #include "features.h"
 #include "kernels.h"
 
@@ -52,7 +53,7 @@ std::atomic<const Kernels*> g_active{nullptr};
 }  // namespace
 
 std::span<const Kernels* const> supported() {
-  static const Supported s;
+  const auto& s = process_wide<Supported>();
   return {s.list, s.count};
 }
 
