@@ -27,7 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # Arguments that a call may write to, where they are not those of most.
-OUTPUTS = {"functional.int8_double_quant": ("col_stats", "row_stats", "out_col", "out_row")}
+OUTPUTS = {
+    "functional.int8_double_quant": ("col_stats", "row_stats", "out_col", "out_row"),
+    "functional.elementwise_func": ("A",),
+    "functional.fill": ("A",),
+    "functional._mul": ("A",),
+}
 STEPPED = ("p", "state1", "state2", "absmax1", "absmax2", "unorm", "unorm_vec", "clock")  # by optimizers
 
 MEMORY = 4 << 30  # bytes beyond what the process has at the start

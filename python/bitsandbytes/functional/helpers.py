@@ -6,9 +6,18 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from .. import _checks as check
+
 
 def _get_tensor_stream(tensor: torch.Tensor) -> ct.c_void_p:
-    """Address of the current stream of the tensor's GPU, or of the current GPU for a tensor on the CPU."""
+    """Address of the current stream of the tensor's GPU, or of the current GPU for a tensor on the CPU.
+
+    Raises:
+        RuntimeError: there is no GPU.
+    """
+    check.tensor("_get_tensor_stream", "tensor", tensor)
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"_get_tensor_stream: tensor is on {tensor.device} and there is no CUDA GPU, expected one")
     index = torch.cuda.current_device() if tensor.device.index is None else tensor.device.index
     return ct.c_void_p(torch.cuda.current_stream(index).cuda_stream)
 
