@@ -163,7 +163,7 @@ void optimizer_step(const Str& optimizer_name, const Tensors& p, const Tensors& 
     args.type("clock", *clock, ScalarType::Long);
     args.in_place("clock", *clock);
     const auto to = write<int64_t>(*clock);
-    args.size("clock", to, 1);
+    args.equal("clock", std::ssize(to), 1, "one int64");
     ticks = to.data();
   }
   call.run(ticks);

@@ -134,6 +134,8 @@ def right_arguments(target: Target, rng: random.Random) -> dict[str, Any]:
         "device": "cpu", "typename": quant_type, "name": quant_type, "compress_statistics": rng.random() < 0.5,
         "qs_dict": state.as_dict(packed=rng.random() < 0.5), "shape": [n, k], "shapeB": [n, k],
     }  # fmt: skip
+    if "numbers" in names:
+        known |= {"name": "dynamic", "numbers": [1.0, 7.0, 8.0], "out": torch.empty(256)}
     if "layout" in names:
         known["layout"] = linear_4bit_layout((n, k), blocksize, quant_type)
     if "shapeB" in names or "state" in names or "B" in names:  # a product

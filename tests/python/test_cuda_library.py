@@ -45,9 +45,9 @@ for name, args in {{
     "gemm_4bit": (x, packed, [2, 64], absmax, 64, "nf4", None, None, None, None),
     "int8_vectorwise_quant": (x, 6.0),
     "int8_linear": (x, codes.to(torch.int8), absmax, None, 6.0),
-    "optimizer_update_32bit": ("lion", x, x, x, None, None, 0.0, 0.0, *adam, 0.0, 1, 1e-3, 1.0, False),
+    "optimizer_update_32bit": ("lion", x, x.clone(), x.clone(), None, None, 0.0, 0.0, *adam, 0.0, 1, 1e-3, 1.0, False),
     "optimizer_update_8bit_blockwise": (
-        "lion", x, x, codes, None, *adam, 1, 1e-3, code, None, absmax, None, 0.0, 1.0, False
+        "lion", x, x.clone(), codes, None, *adam, 1, 1e-3, code, None, absmax[:1], None, 0.0, 1.0, False
     ),
 }}.items():
     try:

@@ -9,6 +9,8 @@ import pytest
 from fuzz_calls import right_arguments, targets
 from process import run_python
 
+from bitsandbytes._ops import CPU_SCHEMAS
+
 OPERATORS = [t for t in targets() if t.overload is not None]
 
 
@@ -23,7 +25,7 @@ def test_none_for_a_tensor(target: Any) -> None:
         arguments = right_arguments(target, random.Random(1))
         with pytest.raises(ValueError, match=f"^{op}: {argument} is None, expected a Tensor$"):
             target.call(**{**arguments, argument: None})
-    if required_tensors(target):  # no tensor at all, which no device is to be seen from
+    if required_tensors(target) and op not in CPU_SCHEMAS:  # no tensor at all, which no device is to be seen from
         nothing = {
             k: None if t.endswith(("Tensor", "Optional[Tensor]")) else arguments[k]
             for k, t in target.parameters.items()
@@ -40,6 +42,7 @@ n = 1 << 28
 rows = (n // 64, 64)
 x, q, p, s = torch.ones(4, 64), torch.zeros(n // 2, dtype=u8), torch.ones(n // 8), torch.ones(1)
 many, wide, weight = torch.ones(n // 64), torch.ones(512, 1 << 16, dtype=bf16), torch.ones(1, 1 << 16, dtype=i8)
+bytes_, scales, y = one(1 << 25, 1, dtype=u8), torch.ones(1 << 20), torch.empty(1 << 26, dtype=bf16)
 code = F.create_dynamic_map()
 torch.set_num_threads(1)
 CALLS = {
@@ -47,11 +50,13 @@ CALLS = {
     "quantize_4bit: .* contiguous copy of A .*bfloat16$": lambda: F.quantize_4bit(one(*rows, dtype=bf16)),
     "quantize_blockwise: .* contiguous copy of A ": lambda: ops.quantize_blockwise(one(n), code, 256),
     "dequantize_4bit: .* contiguous copy of A .*uint8$":
-        lambda: ops.dequantize_4bit.out(one(n, 1, dtype=u8), s, 64, "nf4", [2], f32, torch.ones(2)),
+        lambda: ops.dequantize_4bit.out(bytes_, scales, 64, "nf4", [1 << 26], bf16, y),
     "dequantize_4bit: .* a result of shape ": lambda: ops.dequantize_4bit(q, many, 64, "nf4", [n], f32),
     "gemm_4bit: .* contiguous copy of A ": lambda: ops.gemm_4bit(one(*rows), q, [1, 64], s, 64, "nf4"),
-    "gemm_4bit: .* contiguous copy of B ": lambda: ops.gemm_4bit(x, one(n, 1, dtype=u8), [1, 64], s, 64, "nf4"),
-    "gemm_4bit: .* contiguous copy of bias ": lambda: ops.gemm_4bit(x, q, [n, 64], s, 64, "nf4", one(n)),
+    "gemm_4bit: .* contiguous copy of B ":
+        lambda: ops.gemm_4bit(torch.ones(1, 1 << 13), bytes_, [1 << 13, 1 << 13], scales, 64, "nf4"),
+    "gemm_4bit: .* contiguous copy of bias ":
+        lambda: ops.gemm_4bit(torch.ones(1, 32), q, [n // 32, 32], many, 64, "nf4", one(n // 32)),
     "int8_vectorwise_quant: .* contiguous copy of A ": lambda: F.int8_vectorwise_quant(one(*rows, dtype=bf16)),
     "int8_linear_matmul: .* contiguous copy of B ": lambda: ops.int8_linear_matmul(x.to(i8), one(*rows, dtype=i8)),
     "int8_linear: .* contiguous copy of CB ": lambda: ops.int8_linear(x, one(*rows, dtype=i8), many, None, 0.0),

@@ -18,6 +18,7 @@ import torch
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
 from bitsandbytes import nn
+from bitsandbytes.functional.deprecated import warn_once
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -231,6 +232,7 @@ def test_states_are_compared() -> None:
 
 def test_a_layer_of_its_own_around_matmul() -> None:
     """As TGI has it: the state takes codes and scales over."""
+    warn_once.cache_clear()
     w, bias, x = torch.randn(24, 64), torch.randn(24), torch.randn(3, 64)
     weight = Int8Params(w, has_fp16_weights=False, requires_grad=False).to("cpu")
     state = bnb.MatmulLtState()
