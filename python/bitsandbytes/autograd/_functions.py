@@ -217,7 +217,8 @@ def int8_weight(op: str, B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tenso
     CB = B if B.dtype == torch.int8 else None if state.has_fp16_weights else state.CB
     if CB is None or (SCB is None and CB is not B):
         CB, SCB = quantized_rows(B)
-        state.CB, state.SCB = CB, SCB
+        state.SCB = SCB
+        state.CB = CB  # last: whoever finds codes finds their scales
     if SCB is None:
         raise ValueError(f"{op}: state.SCB is None, expected the scales of B, which has dtype int8")
     return CB, SCB
