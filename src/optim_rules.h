@@ -40,7 +40,7 @@ template <class M> struct Rules {
 // Kingma & Ba 2015, arXiv 1412.6980; decoupled decay: Loshchilov & Hutter 2019, arXiv 1711.05101; LAMB: You et al. 2020, arXiv 1904.00962.
 struct Adam {
   static constexpr int states = 2, second_moment = 1, root = 1;  // how many; which has the unsigned map; whose root u is divided by
-  static constexpr bool squares = true;  // elements whose g^2 is infinite are passed over: v would not hold what m does
+  static constexpr bool squares = true;                          // elements whose g^2 is infinite are skipped: v would not hold what m does
   template <class M> BNB_INLINE static constexpr auto direction(typename M::F32 g, typename M::F32 (&s)[2], const Hyper& h) {
     s[0] = Rules<M>::average(s[0], h.beta1, g, h.gain1);
     s[1] = Rules<M>::second_moment(s[1], h.beta2, g, h.gain2);

@@ -10,7 +10,7 @@ from . import _checks as check
 
 _LINEAR = "Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0."
 
-# Part of the public contract, but for int8_linear, which is the whole forward of a layer in one call; its overload
+# Part of the public contract except int8_linear, which is the whole forward of a layer in one call; its overload
 # `forward` is below autograd, as those of linear_4bit are.
 SCHEMAS = {
     "int8_vectorwise_quant": "(Tensor A, float threshold=0.) -> (Tensor, Tensor, Tensor?)",

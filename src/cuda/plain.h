@@ -38,7 +38,7 @@ struct Gemv {
   int64_t m = 0, n = 0, k = 0, blocksize = 64;
   ConstView x = {};                // m * k
   const uint8_t* codes = nullptr;  // n * k codes
-  const float* absmax = nullptr;   // one a block of the flat weight
+  const float* absmax = nullptr;   // one per block of the flat weight
   const float* map = nullptr;      // 16
   void* y = nullptr;               // m * n, of x's type
 };

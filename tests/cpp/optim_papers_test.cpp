@@ -87,7 +87,7 @@ TEST(Optimizers, FollowTheirPapers) {
         const auto g = gradient(n, t);
         exact.step(g, t);
         step(config, plain.with(g, t));
-        // 8 bits: elements of one block are of a size, but for a factor of 10^3. What is below that has the least second moment above 0.
+        // 8 bits: elements of one block differ by a factor of 10^3 at most. What is below that has the least second moment above 0.
         const auto alike = normals(static_cast<uint64_t>(500 + t), n);
         even.step(alike, t);
         step(config, coded.with(alike, t));

@@ -123,7 +123,7 @@ def test_headers_that_lie_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "lib.so"
     library = (PACKAGE / "libbitsandbytes_cpu.so").read_bytes()
     for at, value, reason in (
-        (32, b"\xff" * 8, "it ends at byte"),  # the table of segments lies far behind the end
+        (32, b"\xff" * 8, "it ends at byte"),  # the table of segments lies far past the end
         (56, b"\0\0", "it has nothing to load"),  # no segments
         (54, b"\x08\0", "it has nothing to load"),  # segments of 8 bytes
         (4, b"\x01", "it is not a shared library"),  # of 32 bits
