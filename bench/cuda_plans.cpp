@@ -20,10 +20,10 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/convert.h"
-#include "cuda/gemm_4bit.h"
-#include "cuda/gemm_int8.h"
-#include "formats.h"
+#include "common/convert.h"
+#include "common/formats.h"
+#include "cuda/gemm_4bit/gemm_4bit.h"
+#include "cuda/gemm_int8/gemm_int8.h"
 #if defined(BNB_CUDA_ON_HOST)
 #include <cstdlib>
 #else

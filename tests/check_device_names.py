@@ -1,5 +1,5 @@
-"""The kernels reach their device through src/cuda/device.cuh and ptx.cuh alone: no other name of CUDA or HIP, so that
-the same files run on the host and build for both. Usage: check_device_names.py src/cuda"""
+"""The kernels reach their device through device.cuh and ptx.cuh in src/cuda/device alone: no other name of CUDA or HIP,
+so that the same files run on the host and build for both. Usage: check_device_names.py src/cuda"""
 
 import pathlib
 import re
@@ -19,7 +19,7 @@ def code_of(path: pathlib.Path) -> str:
 
 
 folder = pathlib.Path(sys.argv[1])
-files = sorted(path for path in folder.iterdir() if path.suffix in {".cu", ".cuh", ".h"} or path.name in ALLOWED)
+files = sorted(path for path in folder.rglob("*") if path.suffix in {".cu", ".cuh", ".h"} or path.name in ALLOWED)
 found = {path.name: sorted({match.group().strip() for match in NAMES.finditer(code_of(path))}) for path in files}
 for name in ALLOWED:
     assert found[name], f"{name} names no device: this check has gone blind"

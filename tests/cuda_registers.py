@@ -66,7 +66,7 @@ def main() -> None:
     if not nvcc:
         sys.exit("no nvcc: set NVCC or PATH")
 
-    sources = sorted((ROOT / "src/cuda").glob(f"{options.only}.cu"))
+    sources = sorted((ROOT / "src/cuda").rglob(f"{options.only}.cu"))
     sources = [source for source in sources if "BNB_KERNEL" in source.read_text()]
     jobs = [(nvcc, source.relative_to(ROOT), arch) for source in sources for arch in options.arch]
     with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:

@@ -106,7 +106,7 @@ def check_numbers(
     bias_correction: bool = True,
     *_: Any,
 ) -> None:
-    """The numbers of optimizer_step from lr on, as the core checks them (src/arguments.h). `at` stands behind names."""
+    """The numbers of optimizer_step from lr on, as src/common/arguments.h checks them. `at` is appended to names."""
     numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "lr * weight_decay": lr * weight_decay}
     for name, x in (numbers | {"max_unorm": max_unorm}).items():
         if not 0 <= x <= LARGEST:

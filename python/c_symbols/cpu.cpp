@@ -4,10 +4,10 @@
 
 #include <vector>
 
-#include "../../src/check.h"
-#include "../../src/cpu/convert.h"
-#include "../../src/cpu/features.h"
-#include "../../src/parallel.h"
+#include "common/check.h"
+#include "common/convert.h"
+#include "cpu/runtime/features.h"
+#include "cpu/runtime/parallel.h"
 #include "table.h"
 
 namespace bnb::c_symbols {

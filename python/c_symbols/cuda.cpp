@@ -2,8 +2,8 @@
 // that a call needs for itself is had from the stream's pool.
 #include <bnb/cuda.h>
 
-#include "../../src/check.h"
-#include "../../src/cuda/plain.h"
+#include "common/check.h"
+#include "cuda/blockwise/plain.h"
 #include "table.h"
 
 namespace bnb::c_symbols {

@@ -17,8 +17,8 @@
 #include <array>
 
 #include "box.h"
-#include "check.h"
-#include "formats.h"
+#include "common/check.h"
+#include "common/formats.h"
 
 namespace bnb::torch_ops {
 

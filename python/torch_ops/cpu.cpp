@@ -1,10 +1,10 @@
 // torch.ops.bitsandbytes on the CPU.
 #include <cstring>
 
+#include "cpu/runtime/parallel.h"
 #include "int8.h"
 #include "ops.h"
 #include "optim.h"
-#include "parallel.h"
 
 namespace bnb::torch_ops {
 namespace {

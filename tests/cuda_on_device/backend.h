@@ -1,4 +1,4 @@
-// Lets the tests of the CPU's kernels (tests/cpp) and those of tests/cuda_on_host run on a GPU: hides the operations of the CPU from
+// Lets the tests of the CPU's kernels (tests/cpu) and those of tests/cuda_on_host run on a GPU: hides the operations of the CPU from
 // namespace bnb::test. What they do for each instruction set they do here twice: the same call gives the same bytes.
 #pragma once
 

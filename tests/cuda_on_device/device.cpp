@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "backend.h"
+#include "cuda_on_device/backend.h"
 
 namespace bnb::test {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "cpp/cases.h"
+#include "cases/cases.h"
 
 namespace bnb::test {
 namespace {

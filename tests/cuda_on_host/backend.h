@@ -1,4 +1,4 @@
-// Lets the tests of the CPU's kernels (tests/cpp) run the CUDA kernels on the host: hides the operations of the CPU from namespace
+// Lets the tests of the CPU's kernels (tests/cpu) run the CUDA kernels on the host: hides the operations of the CPU from namespace
 // bnb::test. What they do for each instruction set they do here for each order of threads.
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "emulator.h"
+#include "cuda_on_host/emulator.h"
 
 namespace bnb::test {
 

@@ -1,12 +1,12 @@
-// A libcublasLt.so.13 for the emulated device: the functions that src/cuda/cublaslt.cpp looks up, for row-major y = a * w^T. It takes
+// A libcublasLt.so.13 for the emulated device: the functions that cuda/device/cublaslt.cpp looks up, for row-major y = a * w^T. It takes
 // nothing for granted: sizes of attributes are those of cublasLt.h, and it only has algorithms that would add partial sums in the type of
 // y, or that need more alignment than there is, unless it is told otherwise.
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "../../src/cpu/convert.h"
-#include "../../src/formats.h"
+#include "common/convert.h"
+#include "common/formats.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // The host's side of the device layer for the emulated device.
-#include "../../src/cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 #include <bnb/error.h>
 

@@ -1,9 +1,9 @@
-// The names of src/cuda/device.cuh on the host.
+// The names of src/cuda/device/device.cuh on the host.
 #pragma once
 
 #include <cstring>
 
-#include "emulator.h"
+#include "cuda_on_host/emulator.h"
 
 #define BNB_KERNEL(threads, blocks) void
 #define BNB_DEVICE inline

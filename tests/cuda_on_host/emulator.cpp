@@ -1,4 +1,4 @@
-#include "emulator.h"
+#include "cuda_on_host/emulator.h"
 
 #include <algorithm>
 #include <boost/context/fiber.hpp>

@@ -9,7 +9,7 @@
 #include <numeric>
 #include <vector>
 
-#include "cuda/ptx.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace bnb::cuda {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <map>
 
-#include "cpp/gemm_cases.h"
-#include "cuda/cublaslt.h"
-#include "cuda/gemm_4bit.h"
+#include "cases/gemm_cases.h"
+#include "cuda/device/cublaslt.h"
+#include "cuda/gemm_4bit/gemm_4bit.h"
 
 namespace bnb::test {
 namespace {

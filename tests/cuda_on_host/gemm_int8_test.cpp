@@ -4,8 +4,8 @@
 #include <cmath>
 #include <set>
 
-#include "cpp/cases.h"
-#include "cuda/gemm_int8.h"
+#include "cases/cases.h"
+#include "cuda/gemm_int8/gemm_int8.h"
 
 namespace bnb::test {
 namespace {

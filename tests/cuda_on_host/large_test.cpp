@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <utility>
 
-#include "cpp/gemm_cases.h"
-#include "cuda/device.cuh"
-#include "cuda/gemm_4bit.h"
+#include "cases/gemm_cases.h"
+#include "cuda/device/device.cuh"
+#include "cuda/gemm_4bit/gemm_4bit.h"
 
 namespace bnb::test {
 namespace {

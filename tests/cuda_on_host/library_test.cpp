@@ -1,5 +1,5 @@
-// src/cuda/cublaslt.cpp over the library of cublaslt.cpp in this folder, which refuses what the real one would do in its own way.
-#include "../../src/cuda/cublaslt.h"
+// src/cuda/device/cublaslt.cpp over the library of cublaslt.cpp in this folder, which refuses what the real one would do in its own way.
+#include "cuda/device/cublaslt.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../src/cuda/gemm_4bit.h"
+#include "cuda/gemm_4bit/gemm_4bit.h"
 
 extern "C" int bnb_test_handles;
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "cpp/cases.h"
-#include "formats.h"
+#include "cases/cases.h"
+#include "common/formats.h"
 
 namespace bnb::test {
 namespace {

@@ -1,11 +1,11 @@
-// The names of src/cuda/ptx.cuh on the host: what the PTX manual says of each instruction, including the bits of a NaN.
+// The names of src/cuda/device/ptx.cuh on the host: what the PTX manual says of each instruction, including the bits of a NaN.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 
-#include "../../src/cpu/convert.h"
+#include "common/convert.h"
 
 namespace bnb::cuda::dev {
 

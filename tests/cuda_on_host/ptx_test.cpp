@@ -6,8 +6,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpp/cases.h"
-#include "cuda/ptx.cuh"
+#include "cases/cases.h"
+#include "cuda/device/ptx.cuh"
 
 namespace bnb::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// src/cuda/runtime.cpp over a CUDA runtime made for this: what it asks the driver for, where a thread of the host matters.
+// src/cuda/device/runtime.cpp over a CUDA runtime made for this: what it asks the driver for, where a thread of the host matters.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../src/cuda/device.h"
+#include "cuda/device/device.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-#include "api.h"
+#include "fuzz/api.h"
 
 #include <bit>
 #include <cmath>

@@ -7,7 +7,7 @@
 
 #include <string_view>
 
-#include "memory.h"
+#include "fuzz/memory.h"
 
 namespace bnb::fuzz {
 

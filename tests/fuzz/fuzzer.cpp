@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "api.h"
+#include "fuzz/api.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 
     python tests/golden/make_golden.py
 
-Inputs come from a counter-based generator of integer operations alone, so that tests/cpp/cases.h makes the same bits.
+Inputs come from a counter-based generator of integer operations alone, so that tests/cases/cases.h makes the same bits.
 Outputs are kept as one 64-bit hash. One case a line; what each column means stands on a file's first line.
 
 The 4-bit outputs are the released package's, to the byte. Where it does not follow the rules of docs/NUMERICS.md:

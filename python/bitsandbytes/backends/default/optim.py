@@ -1,6 +1,7 @@
 """The steps of the optimizers in plain torch, for any device that has no kernel of its own.
 
-The rules of src/optim_rules.h, operation by operation, each rounded to fp32; docs/NUMERICS.md says what they are.
+The rules of src/common/optim_rules.h, operation by operation, each rounded to fp32; docs/NUMERICS.md says what they
+are.
 """
 
 import math

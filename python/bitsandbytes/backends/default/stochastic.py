@@ -1,4 +1,4 @@
-"""Stochastic rounding to 16 bits in plain torch, by the random bits of src/stochastic.h."""
+"""Stochastic rounding to 16 bits in plain torch, by the random bits of src/common/stochastic.h."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,7 @@
+#include "cpu/isa/avx512.h"
+
+#include "cpu/isa/make_kernels.h"
+
+namespace bnb::cpu {
+constinit const Kernels kAvx512 = make_kernels<Avx512>();
+}

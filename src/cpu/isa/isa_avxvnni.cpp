@@ -1,0 +1,7 @@
+#include "cpu/isa/avx2.h"
+
+#include "cpu/isa/make_kernels.h"
+
+namespace bnb::cpu {
+constinit const Kernels kAvxVnni = make_kernels<AvxVnni>();
+}

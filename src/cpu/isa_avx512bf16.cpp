@@ -1,7 +1,0 @@
-#include "simd/avx512.h"
-
-#include "make_kernels.h"
-
-namespace bnb::cpu {
-constinit const Kernels kAvx512Bf16 = make_kernels<Avx512Bf16>();
-}

@@ -1,0 +1,79 @@
+// The table of CPU kernels: one entry an operation, one table an instruction set. Dispatch, tests and benchmarks iterate it.
+// Arguments are checked by src/cpu/blockwise.cpp before a kernel sees them; a kernel gets a Range of independent units of work.
+#pragma once
+
+#include <bnb/gemm.h>
+#include <bnb/int8.h>
+#include <bnb/optim.h>
+#include <bnb/quantize.h>
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "common/optim_rules.h"
+
+namespace bnb::cpu {
+
+struct Range {
+  int64_t begin = 0, end = 0;
+};
+
+// Whether large outputs go past the caches. Memory whose pages were mapped a moment ago is in the caches already.
+enum class Stores : uint8_t { cached, streaming };
+
+// The decision rule of a sorted 256-entry map, made once a call (src/cpu/kernels/codebook8.h).
+struct Encoder8;
+
+inline constexpr int64_t kInt8Columns = 64;  // that quantize_columns_int8 takes at once
+
+// A product in two steps: `pack` brings rows of a into the order and type in which `run` wants them (written to scratch of pack_bytes),
+// `run` computes columns [begin, end) of y for all m rows. Columns come in multiples of `column_step`, but for the last.
+template <class D> struct Product {
+  int64_t column_step;
+  int64_t (*pack_bytes)(const D&);
+  int64_t (*pack_units)(const D&);
+  void (*pack)(const D&, void* packed, Range units);
+  void (*run)(const D&, const void* packed, Range columns);
+};
+
+// One tensor's step. Units of work are its blocks of kOptimizerBlock elements.
+struct OptimizerTask {
+  const OptimizerTensor* tensor;
+  Optimizer rule;
+  Hyper hyper;
+  float rate;                           // -lr * trust
+  const Encoder8 *encoder1, *encoder2;  // of 8-bit states, else null
+  const float *code1, *code2;           // their maps
+  std::optional<uint64_t> seed;
+};
+
+struct Kernels {
+  std::string_view isa;
+  void (*quantize_4bit)(const Quantize4bit&, Range blocks);
+  void (*dequantize_4bit)(const Dequantize4bit&, Stores, Range blocks);
+  void (*quantize_blockwise)(const QuantizeBlockwise&, const Encoder8&, Range blocks);
+  void (*dequantize_blockwise)(const DequantizeBlockwise&, Stores, Range blocks);
+  Product<Gemm4bit> gemm_4bit;
+
+  // `outliers` gets the columns with outliers in these rows; codes in those columns are cleared by the caller.
+  void (*quantize_int8)(const QuantizeInt8&, uint64_t* outliers, Range rows);
+  void (*quantize_columns_int8)(const QuantizeColumnsInt8&, Range columns);
+  void (*dequantize_int8)(const DequantizeInt8&, Range rows);
+  void (*dequantize_sums)(const DequantizeSums&, Range rows);
+  Product<GemmInt8> gemm_int8;
+
+  void (*optimizer_step)(const OptimizerTask&, Range blocks);
+  // Adds |p|^2 and |u|^2; nothing else changes.
+  void (*optimizer_norms)(const OptimizerTask&, Range blocks, double (&sums)[2]);
+};
+
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kAvx512Bf16, kAmx;
+
+// The tables this build holds and this machine runs, best first.
+std::span<const Kernels* const> supported();
+
+// The table in use (BNB_FORCE_ISA, force_isa). Throws Error{unsupported} if the forced one cannot run here.
+const Kernels& active();
+
+}  // namespace bnb::cpu

@@ -1,0 +1,411 @@
+// int8 codes of rows and of columns, and back; docs/NUMERICS.md has the rules.
+//
+// Rows: a block takes one, reads it once and keeps it in registers between the maximum and the codes (up to 64 KiB; what is
+// longer is read again from the cache). Outlier columns are bits that blocks set in common words; a second kernel clears the
+// codes of those columns, where there are any. Moves sizeof(T) + 1 bytes an element; lower bound: those at the bandwidth of a copy.
+// Columns: two passes, 2 sizeof(T) + 1 bytes an element. Back: 1 + sizeof(T) bytes an element.
+#include <algorithm>
+#include <bit>
+
+#include "common/arguments.h"
+#include "common/convert.h"
+#include "common/formats.h"
+#include "cuda/gemm_int8/gemm_int8.cuh"
+
+namespace bnb::cuda {
+namespace int8 {
+namespace {
+
+constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
+constexpr uint32_t kNoLimit = 0x80000000;  // above all, NaN included
+
+// An outlier's |x| as an integer is from `limit` to infinity.
+uint32_t limit_of(float threshold) { return threshold > 0 ? std::bit_cast<uint32_t>(threshold) : kNoLimit; }
+BNB_DEVICE bool is_outlier(float x, uint32_t limit) {
+  const uint32_t magnitude = dev::float_bits(x) & 0x7fffffff;
+  return magnitude >= limit && magnitude <= kInfinity;
+}
+
+// What turns x into x * (127 * (1 / scale)): x * first * second. Zeros where there are no codes to be had.
+struct Factors {
+  float first = 1, second = 0;
+  BNB_DEVICE explicit Factors(float scale) {
+    if (!(scale > 0) || !finite(scale)) return;
+    if (scale < 0x1p-100f) first = 0x1p100f;  // 1 / scale might be infinite
+    second = dev::mul(127.0f, dev::reciprocal(dev::mul(scale, first)));
+  }
+};
+// The low byte is the integer nearest to v, ties to even.
+BNB_DEVICE uint32_t code(float v) { return dev::float_bits(dev::add(v, 0x1.8p23f)); }
+template <int n> BNB_DEVICE Bits<n> pack_codes(const uint32_t (&q)[n]) {
+  Bits<n> packed;
+  BNB_UNROLL
+  for (int i = 0; i < n; i += 4)
+    packed.word[i / 4] = dev::permute(dev::permute(q[i], q[i + 1], 0x0040), dev::permute(q[i + 2], q[i + 3], 0x0040), 0x5410);
+  return packed;
+}
+
+// The largest |x| of a unit, as bits of fp32.
+template <class T> BNB_DEVICE uint32_t largest_of(const Bits<16>& raw) {
+  constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffff : 0x7fff7fff;
+  uint32_t m = raw.word[0] & kMagnitude;
+  BNB_UNROLL
+  for (int i = 1; i < 4; ++i) m = greater<T>(m, raw.word[i] & kMagnitude);
+  if constexpr (sizeof(T) == 4) {
+    return m;
+  } else {
+    float low, high;
+    dev::unpack<T>(m, low, high);
+    return dev::float_bits(low) > dev::float_bits(high) ? dev::float_bits(low) : dev::float_bits(high);
+  }
+}
+
+// A row as units of 16 bytes of x, `vectors`: at aligned addresses.
+template <class T> struct Row {
+  const uint8_t* x;
+  int64_t columns, units;
+  bool vectors;
+  BNB_DEVICE Row(const uint8_t* all, int64_t row, int64_t columns, bool vectors)
+      : x(all + row * columns * static_cast<int64_t>(sizeof(T))),
+        columns(columns),
+        units((columns + kPerUnit<T> - 1) / kPerUnit<T>),
+        vectors(vectors) {}
+  // Zeros behind the end.
+  BNB_DEVICE Bits<16> load(int64_t unit) const {
+    if (!vectors) return load_bytes<Bits<16>>(x, unit * 16, columns * static_cast<int64_t>(sizeof(T)));
+    return unit < units ? dev::load_const<Bits<16>>(x + unit * 16) : Bits<16>{};
+  }
+};
+
+// Up to so much of x each block reads all of it, from the cache, in less time than two more launches take.
+constexpr int64_t kTogetherBytes = int64_t{128} << 10;
+
+// Threads of a block for rows of so many units: four units each.
+constexpr int64_t kMostThreads = 1024;
+uint32_t threads_for(int64_t units) {
+  return static_cast<uint32_t>(std::clamp<int64_t>(parts(units, kUnits * dev::kWarp), 1, kMostThreads / dev::kWarp) * dev::kWarp);
+}
+
+// `outliers`: 32 columns a word, null without a limit. Blocks set bits of words that are zero before; what is an outlier itself gets code
+// 0. `together`, for few rows: each block looks at all rows for outliers, so that it knows their columns without another kernel.
+template <class T, bool together>
+BNB_KERNEL(1024, 1)
+quantize_rows_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool vectors, uint32_t limit, uint8_t* codes, float* scale,
+                     uint32_t* outliers) {
+  constexpr int kPer = kPerUnit<T>;
+  auto& largest = dev::shared<uint32_t[2][dev::kWarp]>();
+  const int warps = static_cast<int>(dev::threads() / dev::kWarp), words = static_cast<int>((columns + 63) / 64 * 2);
+  uint32_t* const bits = together ? &largest[0][0] + 2 * dev::kWarp : outliers;
+  if constexpr (together) {
+    for (int i = static_cast<int>(dev::thread()); i < words; i += static_cast<int>(dev::threads())) bits[i] = 0;
+    dev::barrier();
+  }
+  const int64_t step = static_cast<int64_t>(dev::threads()) * kUnits;
+  Bits<16> raw[kUnits];
+  const auto unit_of = [&](int64_t base, int u) { return base + u * static_cast<int64_t>(dev::threads()) + dev::thread(); };
+  const auto load = [&](const Row<T>& row, int64_t base) {
+    BNB_UNROLL
+    for (int u = 0; u < kUnits; ++u) raw[u] = row.load(unit_of(base, u));
+  };
+  bool any = false;
+  const auto largest_kept = [&](const Row<T>& row) {
+    uint32_t most = 0;
+    BNB_KEEP_LOOP
+    for (int64_t base = 0; base < row.units; base += step) {
+      load(row, base);
+      BNB_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        uint32_t here = largest_of<T>(raw[u]);
+        if (here >= limit) {
+          any = true, here = 0;
+          float v[kPer];
+          to_floats<T>(raw[u], v);
+          uint32_t mask = 0;
+          BNB_UNROLL
+          for (int i = 0; i < kPer; ++i) {
+            const uint32_t magnitude = dev::float_bits(v[i]) & 0x7fffffff;
+            const bool out = is_outlier(v[i], limit);
+            if (!out && magnitude > here) here = magnitude;
+            mask |= out ? 1u << i : 0u;
+          }
+          const int64_t first = unit_of(base, u) * kPer;
+          mask <<= first % 32;
+          if (mask & ~bits[first / 32]) dev::atomic_or(bits + first / 32, mask);  // rows often share their outliers
+        }
+        most = here > most ? here : most;
+      }
+    }
+    return most;
+  };
+
+  unsigned turn = 0;
+  for (int64_t r = dev::block().x; r < rows; r += dev::grid().x, turn ^= 1) {
+    if constexpr (together) {
+      BNB_KEEP_LOOP
+      for (int64_t other = 0; other < rows; ++other)
+        if (other != r) largest_kept(Row<T>(x, other, columns, vectors));
+    } else {
+      any = false;
+    }
+    const Row<T> row(x, r, columns, vectors);
+    uint32_t most = largest_kept(row);
+    BNB_UNROLL
+    for (unsigned by = 1; by < dev::kWarp; by *= 2) {
+      const uint32_t other = dev::shuffle_xor(most, by);
+      most = other > most ? other : most;
+    }
+    if (dev::lane() == 0) largest[turn][dev::warp()] = most;
+    const bool any_outlier = dev::barrier_or(any);
+    for (int w = 0; w < warps; ++w) most = largest[turn][w] > most ? largest[turn][w] : most;
+    const float row_scale = dev::bits_float(most > kInfinity ? kNaN : most);
+    if (dev::thread() == 0) scale[r] = row_scale;
+    if constexpr (together)
+      if (r == 0)
+        for (int i = static_cast<int>(dev::thread()); i < words; i += static_cast<int>(dev::threads())) outliers[i] = bits[i];
+
+    const Factors f(row_scale);
+    BNB_KEEP_LOOP
+    for (int64_t base = 0; base < row.units; base += step) {
+      if (row.units > step) load(row, base);
+      BNB_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        const int64_t unit = unit_of(base, u);
+        if (unit >= row.units) break;
+        float v[kPer];
+        to_floats<T>(raw[u], v);
+        if (any_outlier || f.first != 1 || f.second == 0) {
+          const uint32_t out = together ? bits[unit * kPer / 32] >> unit * kPer % 32 : 0;
+          BNB_UNROLL
+          for (int i = 0; i < kPer; ++i) {
+            const bool none = f.second == 0 || (together ? (out >> i & 1) != 0 : is_outlier(v[i], limit));
+            v[i] = none ? 0 : dev::mul(v[i], f.first);
+          }
+        }
+        uint32_t q[kPer];
+        BNB_UNROLL
+        for (int i = 0; i < kPer; ++i) q[i] = code(dev::mul(v[i], f.second));
+        const auto packed = pack_codes(q);
+        if (vectors)
+          dev::store(codes + r * columns + unit * kPer, packed);
+        else
+          store_bytes(codes + r * columns, unit * kPer, columns, packed);
+      }
+    }
+  }
+}
+
+// Codes of outlier columns become 0.
+constexpr int kCleared = 256;  // columns at once
+struct Cleared {
+  int32_t column[kCleared];
+  int32_t total;
+};
+BNB_KERNEL(256, 4) clear_columns(uint8_t* codes, int64_t rows, int64_t columns, Outliers outliers) {
+  auto& s = dev::shared<Cleared>();
+  int total = 0;
+  for (int first = 0; first == 0 || first < total; first += kCleared) {
+    if (dev::warp() == 0) {
+      const int all = find(outliers, columns, first, kCleared, s.column);
+      if (dev::lane() == 0) s.total = all;
+    }
+    dev::barrier();
+    total = s.total;
+    const int count = total - first < kCleared ? total - first : kCleared;
+    for (int64_t row = dev::block().x * 8 + dev::warp(); row < rows; row += int64_t{dev::grid().x} * 8)
+      for (int i = static_cast<int>(dev::lane()); i < count; i += dev::kWarp) codes[row * columns + s.column[i]] = 0;
+    dev::barrier();
+  }
+}
+
+// ---- columns: a lane has the columns of a unit, the warps of a block take its rows in turn
+constexpr int kColumnWarps = 8, kColumnThreads = kColumnWarps * static_cast<int>(dev::kWarp);
+
+template <class T> struct Stripe {
+  int64_t column, row, end;  // the lane's first column, the warp's first row
+  template <class F> BNB_DEVICE void for_each_row(const uint8_t* x, int64_t columns, bool vectors, F&& f) const {
+    const int64_t unit = column / kPerUnit<T>;
+    for (int64_t r = row; r < end; r += kColumnWarps) f(r, Row<T>(x, r, columns, vectors).load(unit));
+  }
+};
+template <class T> BNB_DEVICE Stripe<T> stripe(int64_t rows, int64_t groups, int64_t rows_of_part) {
+  const int64_t group = dev::block().x % groups, begin = dev::block().x / groups * rows_of_part, end = begin + rows_of_part;
+  return {(group * dev::kWarp + dev::lane()) * kPerUnit<T>, begin + dev::warp(), end < rows ? end : rows};
+}
+
+// scale: zeros before; bits of the maximum after.
+template <class T>
+BNB_KERNEL(kColumnThreads, 4)
+largest_of_columns(const uint8_t* x, int64_t rows, int64_t columns, bool vectors, uint32_t limit, int64_t groups, int64_t rows_of_part,
+                   uint32_t* scale) {
+  constexpr int kPer = kPerUnit<T>, kWide = kPer * static_cast<int>(dev::kWarp);
+  auto& s = dev::shared<uint32_t[kColumnWarps][kWide]>();
+  const auto mine = stripe<T>(rows, groups, rows_of_part);
+  uint32_t most[kPer] = {};
+  mine.for_each_row(x, columns, vectors, [&](int64_t, const Bits<16>& raw) {
+    float v[kPer];
+    to_floats<T>(raw, v);
+    BNB_UNROLL
+    for (int i = 0; i < kPer; ++i) {
+      const uint32_t magnitude = dev::float_bits(v[i]) & 0x7fffffff;
+      if (!is_outlier(v[i], limit) && magnitude > most[i]) most[i] = magnitude;
+    }
+  });
+  BNB_UNROLL
+  for (int i = 0; i < kPer; ++i) s[dev::warp()][i * static_cast<int>(dev::kWarp) + static_cast<int>(dev::lane())] = most[i];
+  dev::barrier();
+  for (int p = static_cast<int>(dev::thread()); p < kWide; p += kColumnThreads) {
+    uint32_t all = 0;
+    BNB_UNROLL
+    for (int w = 0; w < kColumnWarps; ++w) all = s[w][p] > all ? s[w][p] : all;
+    const int64_t column = (dev::block().x % groups * dev::kWarp + p % dev::kWarp) * kPer + p / static_cast<int>(dev::kWarp);
+    if (column < columns) dev::atomic_max(scale + column, all > kInfinity ? kNaN : all);
+  }
+}
+
+template <class T>
+BNB_KERNEL(kColumnThreads, 4)
+quantize_columns_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool vectors, uint32_t limit, int64_t groups, int64_t rows_of_part,
+                        uint8_t* codes, const float* scale) {
+  constexpr int kPer = kPerUnit<T>;
+  const auto mine = stripe<T>(rows, groups, rows_of_part);
+  if (mine.column >= columns) return;
+  float first[kPer], second[kPer];
+  BNB_UNROLL
+  for (int i = 0; i < kPer; ++i) {
+    const Factors f(mine.column + i < columns ? scale[mine.column + i] : 0);
+    first[i] = f.first, second[i] = f.second;
+  }
+  mine.for_each_row(x, columns, vectors, [&](int64_t r, const Bits<16>& raw) {
+    float v[kPer];
+    to_floats<T>(raw, v);
+    uint32_t q[kPer];
+    BNB_UNROLL
+    for (int i = 0; i < kPer; ++i)
+      q[i] = code(is_outlier(v[i], limit) || second[i] == 0 ? 0 : dev::mul(dev::mul(v[i], first[i]), second[i]));
+    if (vectors)
+      dev::store(codes + r * columns + mine.column, pack_codes(q));
+    else
+      store_bytes(codes + r * columns, mine.column, columns, pack_codes(q));
+  });
+}
+
+// ---- back
+template <class T>
+BNB_KERNEL(1024, 1)
+dequantize_rows(const uint8_t* codes, const float* scale, int64_t rows, int64_t columns, bool vectors, uint8_t* out) {
+  constexpr int kPer = kPerUnit<T>;
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+  for (int64_t r = dev::block().x; r < rows; r += dev::grid().x) {
+    const float row_scale = scale[r];
+    for (int64_t at = static_cast<int64_t>(dev::thread()) * kPer; at < columns; at += static_cast<int64_t>(dev::threads()) * kPer) {
+      const auto q =
+          vectors ? dev::load_once<Bits<kPer>>(codes + r * columns + at) : load_bytes<Bits<kPer>>(codes + r * columns, at, columns);
+      Bits<16> y = {};
+      BNB_UNROLL
+      for (int i = 0; i < kPer; ++i) {
+        const auto value = static_cast<float>(static_cast<int8_t>(q.word[i / 4] >> i % 4 * 8));
+        float v = dev::mul(value, row_scale);
+        if (!finite(row_scale)) v = product_with_nan(value, row_scale);
+        if (v == v) v = dev::mul(v, 1 / 127.0f);
+        if constexpr (sizeof(T) == 4)
+          y.word[i] = dev::float_bits(v);
+        else
+          y.word[i / 2] |= uint32_t{rounded<T>(v).bits} << i % 2 * 16;
+      }
+      if (vectors)
+        dev::store_once(out + r * bytes + at * static_cast<int64_t>(sizeof(T)), y);
+      else
+        store_bytes(out + r * bytes, at * static_cast<int64_t>(sizeof(T)), bytes, y);
+    }
+  }
+}
+
+// A grid for so many blocks of work, which go on with further ones.
+uint32_t blocks_for(int64_t work, int64_t per_sm = int64_t{1} << 20) {
+  return static_cast<uint32_t>(std::min<int64_t>({work, per_sm * dev::device().sms, INT32_MAX}));
+}
+
+template <class T> bool vectors_of(const void* x, int64_t columns, const void* codes) {
+  return columns % kPerUnit<T> == 0 && dev::aligned(x, 16) && dev::aligned(codes, kPerUnit<T>);
+}
+
+}  // namespace
+
+void quantize_rows(const char* op, const QuantizeInt8& d, Stream stream) {
+  const bool limited = d.threshold > 0;
+  const int64_t words = limited ? outlier_words(d.columns) : 0;
+  const bool together = words > 0 && d.rows > 0 && d.rows * d.columns * size_of(d.x.dtype) <= kTogetherBytes;
+  if (words > 0 && !together) dev::zero_async(op, d.outliers.data(), words * 8, stream);
+  if (d.rows == 0) return;
+  auto* codes = reinterpret_cast<uint8_t*>(d.codes.data());
+  auto* bits = limited ? reinterpret_cast<uint32_t*>(d.outliers.data()) : nullptr;
+  dev::Launch l = {.op = op, .dtype = d.x.dtype, .shape = {d.rows, d.columns}, .stream = stream};
+  visit(d.x.dtype, [&](auto t) {
+    using T = decltype(t);
+    l.grid = {together ? static_cast<uint32_t>(d.rows) : blocks_for(d.rows, 64)};
+    l.threads = threads_for(parts(d.columns, kPerUnit<T>));
+    l.shared = 2 * dev::kWarp * 4 + (together ? static_cast<uint32_t>(words) * 8 : 0);
+    dev::launch(l, together ? quantize_rows_kernel<T, true> : quantize_rows_kernel<T, false>, static_cast<const uint8_t*>(d.x.data), d.rows,
+                d.columns, vectors_of<T>(d.x.data, d.columns, codes), limit_of(d.threshold), codes, d.scale.data(), bits);
+  });
+  if (words == 0 || together) return;
+  l.grid = {blocks_for(parts(d.rows, 8), 4)};
+  l.threads = 256;
+  l.shared = sizeof(Cleared);
+  dev::launch(l, clear_columns, codes, d.rows, d.columns, Outliers{.words = d.outliers.data(), .word_count = words});
+}
+
+}  // namespace int8
+
+void quantize_int8(const QuantizeInt8& d, Stream stream) {
+  check_arguments(d);
+  int8::quantize_rows("quantize_int8", d, stream);
+}
+
+void quantize_columns_int8(const QuantizeColumnsInt8& d, Stream stream) {
+  using namespace int8;
+  check_arguments(d);
+  if (d.columns == 0) return;
+  dev::zero_async("quantize_columns_int8", d.scale.data(), d.columns * 4, stream);
+  if (d.rows == 0) return;
+  auto* codes = reinterpret_cast<uint8_t*>(d.codes.data());
+  visit(d.x.dtype, [&](auto t) {
+    using T = decltype(t);
+    constexpr int kWide = kPerUnit<T> * static_cast<int>(dev::kWarp);
+    const bool vectors = vectors_of<T>(d.x.data, d.columns, codes);
+    const int64_t groups = parts(d.columns, kWide), wanted = std::max<int64_t>(1, 8 * dev::device().sms / groups);
+    const int64_t rows_of_part = std::max<int64_t>(4 * kColumnWarps, parts(d.rows, wanted)), blocks = groups * parts(d.rows, rows_of_part);
+    const auto* x = static_cast<const uint8_t*>(d.x.data);
+    dev::Launch l = {.op = "quantize_columns_int8",
+                     .dtype = d.x.dtype,
+                     .shape = {d.rows, d.columns},
+                     .grid = {static_cast<uint32_t>(std::min<int64_t>(blocks, UINT32_MAX))},
+                     .threads = kColumnThreads,
+                     .shared = kColumnWarps * kWide * 4,
+                     .stream = stream};
+    dev::launch(l, largest_of_columns<T>, x, d.rows, d.columns, vectors, limit_of(d.threshold), groups, rows_of_part,
+                reinterpret_cast<uint32_t*>(d.scale.data()));
+    l.shared = 0;
+    dev::launch(l, quantize_columns_kernel<T>, x, d.rows, d.columns, vectors, limit_of(d.threshold), groups, rows_of_part, codes,
+                d.scale.data());
+  });
+}
+
+void dequantize_int8(const DequantizeInt8& d, Stream stream) {
+  using namespace int8;
+  check_arguments(d);
+  if (d.rows == 0 || d.columns == 0) return;
+  visit(d.out.dtype, [&](auto t) {
+    using T = decltype(t);
+    dev::launch({.op = "dequantize_int8",
+                 .dtype = d.out.dtype,
+                 .shape = {d.rows, d.columns},
+                 .grid = {blocks_for(d.rows)},
+                 .threads = threads_for(parts(d.columns, kPerUnit<T>)),
+                 .stream = stream},
+                dequantize_rows<T>, reinterpret_cast<const uint8_t*>(d.codes.data()), d.scale.data(), d.rows, d.columns,
+                vectors_of<T>(d.out.data, d.columns, d.codes.data()), static_cast<uint8_t*>(d.out.data));
+  });
+}
+
+}  // namespace bnb::cuda

@@ -1,0 +1,230 @@
+// The optimizers' kernels: what they know of tensors, and blocks of 256 elements in the registers of a warp.
+#pragma once
+
+#include "common/optim_rules.h"
+#include "common/stochastic.h"
+#include "cuda/blockwise/encode8.cuh"
+
+namespace bnb::cuda::optim {
+
+using dev::Bits;
+
+inline constexpr int kBlock = static_cast<int>(kOptimizerBlock), kPer = 4, kRows = kBlock / kPer / static_cast<int>(dev::kWarp),
+                     kHeld = kRows * kPer;  // elements of a block in a lane: number u * kPer + i is (u * 32 + lane) * kPer + i of the block
+inline constexpr int64_t kChunk = 32;       // blocks that thread blocks take at once in a step
+inline constexpr int64_t kMostPieces = 128, kLeastPiece = 64;  // of sums of squares, as on the CPU (src/cpu/optim.cpp)
+
+// A tensor as the host gives it.
+struct Given {
+  uint8_t* p;
+  const uint8_t* g;
+  uint8_t *state1, *state2;  // fp32 or codes
+  float *absmax1, *absmax2, *u_norm;
+  int64_t n, step, offset;
+  int64_t first_chunk, first_piece;  // in the rows of chunks and of pieces of all tensors
+  float gnorm_scale, p_norm;         // p_norm below 0: that of the tensor
+  DType p_type, g_type;
+  bool vectors;  // all is aligned for whole units
+
+  BNB_HD int64_t blocks() const { return parts(n, kBlock); }
+  BNB_HD int64_t piece() const {  // blocks of a sum
+    const int64_t even = parts(blocks(), kMostPieces);
+    return even > kLeastPiece ? even : kLeastPiece;
+  }
+  BNB_HD int64_t pieces() const { return parts(blocks(), piece()); }
+};
+
+struct alignas(8) Entry : Given {
+  Hyper hyper;
+  float rate;  // -lr * trust
+};
+
+struct alignas(16) Map {
+  float value[256], threshold[256];
+  uint8_t first[Lane8::kBuckets];
+  int32_t by_bucket;
+  // Codes that numbers below 0 and above 0 do not get where they are kept apart from it (Encoder8): the first whose value is not
+  // below 0, if there are some below; the last whose value is not above 0, if there are some above. Else -1.
+  int32_t not_negative, not_positive;
+};
+
+struct Sums {
+  double squares[2];  // of p, of u
+};
+
+// One launch over chunks or pieces [begin, end) of tensors whose states are all of 32 or all of 8 bits.
+struct Run {
+  Entry* entries;
+  const int64_t* first;  // of each tensor in the row of chunks or pieces
+  int64_t count, begin, end;
+  const Map* maps;
+  Sums* sums;
+  uint64_t seed;
+  bool stochastic;
+  int copies;  // of thresholds in shared memory, as a power of two
+};
+void launch_step(Optimizer, bool coded, Run, dev::Launch);
+void launch_norms(Optimizer, bool coded, const Run&, dev::Launch);
+
+// ---- on the device
+
+// The arithmetic of the rules.
+struct Math {
+  using F32 = float;
+  BNB_DEVICE static float set1(float x) { return x; }
+  BNB_DEVICE static float mul(float a, float b) { return dev::mul(a, b); }
+  BNB_DEVICE static float add(float a, float b) { return dev::add(a, b); }
+  BNB_DEVICE static float fma(float a, float b, float c) { return dev::fma(a, b, c); }
+  BNB_DEVICE static float div(float a, float b) { return dev::div(a, b); }
+  BNB_DEVICE static float sqrt(float x) { return dev::sqrt(x); }
+  BNB_DEVICE static float min(float a, float b) { return a < b ? a : b; }
+  BNB_DEVICE static float max(float a, float b) { return a > b ? a : b; }
+  BNB_DEVICE static float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
+};
+
+// The tensor that has place `at` of a row: the last one that begins there or before. All lanes of a warp look together.
+BNB_DEVICE int64_t find(const int64_t* first, int64_t count, int64_t at) {
+  int64_t low = 0, high = count;
+  while (high - low > 1) {
+    const int64_t stride = (high - low + dev::kWarp - 1) / dev::kWarp, i = low + dev::lane() * stride;
+    const int64_t begun = dev::popcount(dev::ballot(i < high && first[i] <= at));
+    low += (begun - 1) * stride;
+    high = low + stride < high ? low + stride : high;
+  }
+  return low;
+}
+
+// Elements [at, at + 4) as they lie: 16 bytes, or 8 of 16-bit types.
+BNB_DEVICE Bits<16> load_four(const uint8_t* from, DType type, int64_t at) {
+  if (type == DType::f32) return dev::load<Bits<16>>(from + at * 4);
+  const auto half = dev::load<Bits<8>>(from + at * 2);
+  return {{half.word[0], half.word[1], 0, 0}};
+}
+BNB_DEVICE void widen(const Bits<16>& raw, DType type, float* x) {
+  if (type == DType::f32) {
+    BNB_UNROLL
+    for (int i = 0; i < kPer; ++i) x[i] = dev::bits_float(raw.word[i]);
+  } else if (type == DType::f16) {
+    dev::unpack<Half>(raw.word[0], x[0], x[1]), dev::unpack<Half>(raw.word[1], x[2], x[3]);
+  } else {
+    dev::unpack<BFloat16>(raw.word[0], x[0], x[1]), dev::unpack<BFloat16>(raw.word[1], x[2], x[3]);
+  }
+}
+
+// Where a tensor's states are, and what the rule does to an element.
+template <class Rule, bool coded> struct States {
+  static constexpr int kMaps = Rule::second_moment < 0 ? 1 : 2;
+  BNB_DEVICE static constexpr int map_of(int k) { return k == Rule::second_moment ? 1 : 0; }
+  BNB_DEVICE static uint8_t* at(const Entry& e, int k) {
+    return k == Rule::second_moment ? e.state2 : e.state1 + k * e.n * (coded ? 1 : 4);
+  }
+  BNB_DEVICE static float* absmax(const Entry& e, int k, int64_t block) {
+    return (k == Rule::second_moment ? e.absmax2 : e.absmax1 + k * e.blocks()) + block;
+  }
+
+  // Moves the states and gives u, or says that the element is passed over.
+  BNB_DEVICE static bool move(const Hyper& h, float p, float g, float (&s)[Rule::states], float& u) {
+    const float raw = dev::mul(g, h.gnorm_scale), gradient = dev::fma(p, h.coupled, raw);
+    if (!finite(Rule::squares ? dev::mul(gradient, gradient) : gradient) || (h.skip_zeros && raw == 0)) return false;
+    u = Rule::template direction<Math>(gradient, s, h);
+    return true;
+  }
+  BNB_DEVICE static float stepped(const Entry& e, float p, float u) { return dev::fma(u, e.rate, dev::mul(p, e.hyper.keep)); }
+};
+
+// One element at any address. `value`: the maps' values in shared memory, [map][code]; `scale`: the block's absmax.
+template <class Rule, bool coded> struct One {
+  using S = States<Rule, coded>;
+  float p, u = 0, s[Rule::states];
+  bool moved;
+
+  BNB_DEVICE One(const Entry& e, int64_t i, const float (*value)[256], const float (&scale)[Rule::states]) : p(value_at(e.p, e.p_type, i)) {
+    BNB_UNROLL
+    for (int k = 0; k < Rule::states; ++k)
+      if constexpr (coded)
+        s[k] = dev::mul(value[S::map_of(k)][S::at(e, k)[i]], scale[k]);
+      else
+        s[k] = value_at<float>(S::at(e, k), i);
+    moved = S::move(e.hyper, p, value_at(e.g, e.g_type, i), s, u);
+  }
+};
+// Calls f(element) for those of a block that are a lane's.
+template <class F> BNB_DEVICE void for_lane(const Entry& e, int64_t block, F&& f) {
+  const int64_t end = (block + 1) * kBlock < e.n ? (block + 1) * kBlock : e.n;
+  BNB_KEEP_LOOP
+  for (int64_t i = block * kBlock + dev::lane(); i < end; i += dev::kWarp) f(i);
+}
+
+// A whole block with vectors: what a lane has of p, g and the states, in fp32.
+template <class Rule, bool coded> struct Held {
+  using S = States<Rule, coded>;
+  float p[kHeld], g[kHeld], s[Rule::states][kHeld];
+
+  BNB_DEVICE static int64_t element(int64_t block, int row) {
+    return block * kBlock + (row * static_cast<int>(dev::kWarp) + static_cast<int>(dev::lane())) * kPer;
+  }
+
+  BNB_DEVICE Held(const Entry& e, int64_t block, const float (*value)[256]) {
+    constexpr int kBytes = coded ? 4 : 16;
+    Bits<16> raw_p[kRows], raw_g[kRows];
+    Bits<kBytes> raw_s[Rule::states][kRows];
+    BNB_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = element(block, r);
+      raw_p[r] = load_four(e.p, e.p_type, at);
+      raw_g[r] = load_four(e.g, e.g_type, at);
+      BNB_UNROLL
+      for (int k = 0; k < Rule::states; ++k) raw_s[k][r] = dev::load<Bits<kBytes>>(S::at(e, k) + at * (kBytes / kPer));
+    }
+    float scale[Rule::states] = {};
+    BNB_UNROLL
+    for (int k = 0; k < Rule::states; ++k)
+      if constexpr (coded) scale[k] = *S::absmax(e, k, block);
+    BNB_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      widen(raw_p[r], e.p_type, p + r * kPer);
+      widen(raw_g[r], e.g_type, g + r * kPer);
+      BNB_UNROLL
+      for (int k = 0; k < Rule::states; ++k)
+        if constexpr (coded) {
+          BNB_UNROLL
+          for (int i = 0; i < kPer; ++i) s[k][r * kPer + i] = dev::mul(value[S::map_of(k)][raw_s[k][r].word[0] >> i * 8 & 0xff], scale[k]);
+        } else {
+          widen(raw_s[k][r], DType::f32, s[k] + r * kPer);
+        }
+    }
+  }
+
+  BNB_DEVICE bool move(const Hyper& h, int i, float& u) {
+    float mine[Rule::states];
+    BNB_UNROLL
+    for (int k = 0; k < Rule::states; ++k) mine[k] = s[k][i];
+    const bool moved = S::move(h, p[i], g[i], mine, u);
+    BNB_UNROLL
+    for (int k = 0; k < Rule::states; ++k) s[k][i] = mine[k];
+    return moved;
+  }
+};
+
+// Calls f(entry, place, first block, last block + 1) for what this thread block has of the row. `length(entry)`: blocks of a chunk or
+// piece. Each warp has its copy of the entry, in shared memory: in registers it would leave little room for elements.
+template <class Length, class F> BNB_DEVICE void for_work(const Run& run, Entry* entries, Length&& length, F&& f) {
+  Entry& e = entries[dev::warp()];
+  int64_t held = -1;
+  for (int64_t c = run.begin + dev::block().x; c < run.end; c += dev::grid().x) {
+    const int64_t i = find(run.first, run.count, c);
+    if (i != held) {
+      held = i;
+      dev::warp_barrier();
+      const auto* from = reinterpret_cast<const uint8_t*>(run.entries + i);
+      auto* to = reinterpret_cast<uint8_t*>(&e);
+      for (unsigned at = dev::lane() * 8; at < sizeof(Entry); at += dev::kWarp * 8)
+        dev::store_shared(to + at, dev::load<Bits<8>>(from + at));
+      dev::warp_barrier();
+    }
+    const int64_t size = length(e), begin = (c - run.first[i]) * size, end = begin + size, blocks = e.blocks();
+    f(e, c, begin, end < blocks ? end : blocks);
+  }
+}
+
+}  // namespace bnb::cuda::optim
