@@ -1,40 +1,113 @@
-"""The operators of the optimizers: schemas and shape functions, as _ops.py has them for the others.
+"""The operators of the optimizers: schemas and shape functions, as _ops_fourbit.py has them for 4 bits.
 
 One step of one rule. State is fp32, or 8-bit codes in blocks of 256: x = map[code] * absmax (arXiv 2110.02861).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import register_fake
 
 from . import _checks as check
+from ._schemas import gather, schema_of
 
-# The first two are part of the public contract. optimizer_step is a whole group of tensors in one call, of any mixture
-# of dtypes and states; those with codes have absmax. `clock` is added to every step, and then counts on by itself.
+
+class Numbers(NamedTuple):
+    """What all tensors of a call share: OptimizerConfig of bnb/optim.h."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    beta3: float
+    alpha: float
+    eps: float
+    weight_decay: float
+    t_alpha: int = 0
+    t_beta3: int = 0
+    max_unorm: float = 0.0
+    skip_zeros: bool = False
+    dampening: float = 0.0
+    nesterov: bool = False
+    bias_correction: bool = True
+    coupled_decay: bool = False
+    seed: int | None = None
+
+
+class OptimizerStep(NamedTuple):
+    """A whole group of tensors in one call, of any mixture of dtypes and states; those with codes have absmax."""
+
+    optimizer_name: str
+    p: Annotated[Sequence[Tensor], "a!"]
+    g: Sequence[Tensor]
+    state1: Annotated[Sequence[Tensor], "b!"]
+    state2: Annotated[Sequence[Tensor], "c!"]
+    absmax1: Annotated[Sequence[Tensor], "d!"]
+    absmax2: Annotated[Sequence[Tensor], "e!"]
+    unorm: Annotated[Sequence[Tensor], "f!"]
+    qmap1: Tensor | None
+    qmap2: Tensor | None
+    steps: Sequence[int]
+    numbers: Numbers
+    offsets: Sequence[int] = ()
+    gnorm_scales: Sequence[float] = ()
+    p_norms: Sequence[float] = ()
+    clock: Annotated[Tensor | None, "g!"] = None  # added to every step, and incremented by the call
+
+
+class Update32bit(NamedTuple):
+    optimizer_name: str
+    g: Annotated[Tensor, "a0!"]
+    p: Annotated[Tensor, "a1!"]
+    state1: Annotated[Tensor, "a2!"]
+    state2: Annotated[Tensor | None, "a3!"]
+    unorm_vec: Annotated[Tensor | None, "a4!"]
+    max_unorm: float
+    param_norm: float
+    beta1: float
+    beta2: float
+    beta3: float
+    alpha: float
+    eps: float
+    weight_decay: float
+    step: int
+    lr: float
+    gnorm_scale: float
+    skip_zeros: bool = False
+
+
+class Update8bit(NamedTuple):
+    optimizer_name: str
+    g: Annotated[Tensor, "a0!"]
+    p: Annotated[Tensor, "a1!"]
+    state1: Annotated[Tensor, "a2!"]
+    state2: Annotated[Tensor | None, "a3!"]
+    beta1: float
+    beta2: float
+    beta3: float
+    alpha: float
+    eps: float
+    step: int
+    lr: float
+    qmap1: Annotated[Tensor, "a4!"]
+    qmap2: Annotated[Tensor | None, "a5!"]
+    absmax1: Annotated[Tensor, "a6!"]
+    absmax2: Annotated[Tensor | None, "a7!"]
+    weight_decay: float
+    gnorm_scale: float
+    skip_zeros: bool = False
+
+
+def numbers_of(update: Update32bit | Update8bit) -> Numbers:
+    return Numbers(**{name: x for name, x in update._asdict().items() if name in Numbers._fields})
+
+
+# The first two are part of the public contract.
 SCHEMAS = {
-    "optimizer_update_32bit": (
-        "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, "
-        "Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, float beta1, float beta2, float beta3, "
-        "float alpha, float eps, float weight_decay, int step, float lr, float gnorm_scale, bool skip_zeros=False) "
-        "-> ()"
-    ),
-    "optimizer_update_8bit_blockwise": (
-        "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, float beta1, "
-        "float beta2, float beta3, float alpha, float eps, int step, float lr, Tensor(a4!) qmap1, Tensor(a5!)? qmap2, "
-        "Tensor(a6!) absmax1, Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) "
-        "-> ()"
-    ),
-    "optimizer_step": (
-        "(str optimizer_name, Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] state1, Tensor(c!)[] state2, "
-        "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor(f!)[] unorm, Tensor? qmap1, Tensor? qmap2, int[] steps, "
-        "float lr, float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, "
-        "int t_alpha=0, int t_beta3=0, float max_unorm=0., bool skip_zeros=False, float dampening=0., "
-        "bool nesterov=False, bool bias_correction=True, bool coupled_decay=False, int? seed=None, int[] offsets=[], "
-        "float[] gnorm_scales=[], float[] p_norms=[], Tensor(g!)? clock=None) -> ()"
-    ),
+    "optimizer_update_32bit": schema_of(Update32bit),
+    "optimizer_update_8bit_blockwise": schema_of(Update8bit),
+    "optimizer_step": schema_of(OptimizerStep),
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -48,12 +121,12 @@ SQUARES_ALONE = ("rmsprop", "adagrad")  # whose one state holds second moments
 
 
 def first_states(rule: str) -> int:
-    """Elements of state 1 for each of the parameter: AdEMAMix keeps two averages there."""
+    """Elements of state 1 per element of the parameter: AdEMAMix keeps two EMAs there."""
     return 2 if rule == "ademamix" else 1
 
 
 def is_root(rule: str, number: int) -> bool:
-    """Whether state 1 or 2 holds second moments, by whose root the step is divided."""
+    """Whether state 1 or 2 holds second moments: the step is divided by their square root."""
     return number == 2 or rule in SQUARES_ALONE
 
 
@@ -65,7 +138,7 @@ def contiguous(op: str, name: str, state: Tensor) -> None:
 def check_state(
     op: str, number: int, at: str, rule: str, n: int, state: Tensor, qmap: Tensor | None, absmax: Tensor | None
 ) -> None:
-    """State 1 or 2 of a parameter of n elements. `at` stands behind names, as [3] for the fourth of a list."""
+    """State 1 or 2 of a parameter of n elements. `at` is appended to names: [3] for the fourth of a list."""
     copies = first_states(rule) if number == 1 else 1
     check.dtype(op, f"state{number}{at}", state, torch.float32, torch.uint8)
     check.equal(op, f"state{number}{at}", "elements", state.numel(), copies * n)
@@ -86,43 +159,24 @@ def check_state(
 LARGEST = torch.finfo(torch.float32).max
 
 
-def check_numbers(
-    op: str,
-    at: str,
-    rule: str,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    t_alpha: int = 0,
-    t_beta3: int = 0,
-    max_unorm: float = 0.0,
-    skip_zeros: bool = False,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    bias_correction: bool = True,
-    *_: Any,
-) -> None:
-    """The numbers of optimizer_step from lr on, as src/common/arguments.h checks them. `at` is appended to names."""
-    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "lr * weight_decay": lr * weight_decay}
-    for name, x in (numbers | {"max_unorm": max_unorm}).items():
+def check_numbers(op: str, at: str, rule: str, c: Numbers) -> None:
+    """As src/common/arguments.h checks them. `at` is appended to names."""
+    products = {"lr": c.lr, "eps": c.eps, "weight_decay": c.weight_decay, "lr * weight_decay": c.lr * c.weight_decay}
+    for name, x in (products | {"max_unorm": c.max_unorm}).items():
         if not 0 <= x <= LARGEST:
             raise ValueError(f"{op}: {name}{at} is {x}, expected a number of 0 or more that is finite in fp32")
-    for name, x in (("alpha", alpha), ("dampening", dampening)):
+    for name, x in (("alpha", c.alpha), ("dampening", c.dampening)):
         if not -LARGEST <= x <= LARGEST:
             raise ValueError(f"{op}: {name}{at} is {x}, expected a number that is finite in fp32")
-    corrected = rule in TWO_STATES and bias_correction
-    betas = [("beta1", beta1)] + ([("beta2", beta2)] if rule in (*TWO_STATES, "lion") else [])
+    corrected = rule in TWO_STATES and c.bias_correction
+    betas = [("beta1", c.beta1)] + ([("beta2", c.beta2)] if rule in (*TWO_STATES, "lion") else [])
     for name, x in betas:
         if not 0 <= x <= 1 or (corrected and x == 1):
             allowed = "a number from 0 to below 1" if corrected else "a number from 0 to 1"
             raise ValueError(f"{op}: {name}{at} is {x}, expected {allowed}")
-    if rule == "ademamix" and not 0 <= beta3 <= 1:
-        raise ValueError(f"{op}: beta3{at} is {beta3}, expected a number from 0 to 1")
-    for name, steps in (("t_alpha", t_alpha), ("t_beta3", t_beta3)):
+    if rule == "ademamix" and not 0 <= c.beta3 <= 1:
+        raise ValueError(f"{op}: beta3{at} is {c.beta3}, expected a number from 0 to 1")
+    for name, steps in (("t_alpha", c.t_alpha), ("t_beta3", c.t_beta3)):
         if steps < 0:
             raise ValueError(f"{op}: {name}{at} is {steps}, expected 0 or more steps")
 
@@ -134,8 +188,8 @@ def check_scale(op: str, at: str, gnorm_scale: float, p_norm: float | None = Non
         raise ValueError(f"{op}: p_norm{at} is {p_norm}, expected a number of 0 or more")
 
 
-def check_apart(op: str, tensors: Sequence[Mapping[str, Tensor | None]]) -> None:
-    """That what is written lies apart from all else; of each tensor of a call its parts by name, of which g is read."""
+def check_disjoint(op: str, tensors: Sequence[Mapping[str, Tensor | None]]) -> None:
+    """Outputs must not overlap inputs or one another. `tensors`: the parts of each by name, of which only g is read."""
     many = len(tensors) > 1
     pieces = sorted(
         (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), name, f"[{i}]" if many else "", name != "g")
@@ -143,7 +197,7 @@ def check_apart(op: str, tensors: Sequence[Mapping[str, Tensor | None]]) -> None
         for name, x in parts.items()
         if x is not None and x.numel() and not x.is_meta
     )
-    last: dict[bool, Any] = {}  # what ends last: of all, of what is written
+    last: dict[bool, Any] = {}  # the piece that ends last: of all (False), of those written (True)
     for piece in pieces:
         begin, end, *_, written = piece
         before = last.get(not written)
@@ -158,7 +212,7 @@ def check_apart(op: str, tensors: Sequence[Mapping[str, Tensor | None]]) -> None
 
 
 def _check_shape(op: str, name: str, state: Tensor, p: Tensor, doubled: bool) -> None:
-    """A state is flat or has the shape of the parameter; two of it are one behind the other."""
+    """A state is flat or has the shape of the parameter, after a dimension of 2 if it is doubled."""
     wanted = (2, *p.shape) if doubled else tuple(p.shape)
     if state.dim() >= 2 + doubled and p.dim() >= 2 and tuple(state.shape) != wanted:
         raise ValueError(f"{op}: {name} has shape {tuple(state.shape)}, expected {wanted}, that of p")
@@ -182,176 +236,77 @@ def check_step(op: str, step: int) -> None:
     torch._check_value(step >= 1, lambda: f"{op}: step is {step}, expected 1 or more")
 
 
-def check_update_32bit(
-    rule: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, unorm_vec: Tensor | None, step: int
-) -> None:
-    op = "optimizer_update_32bit"
+def check_update_32bit(u: Update32bit) -> None:
+    op, rule = "optimizer_update_32bit", u.optimizer_name
     check.one_of(op, "optimizer_name", rule, RULES)
-    check_tensor(op, "", rule, p, g, state1, state2)
-    check_step(op, step)
-    for number, state in ((1, state1), (2, state2 if rule in TWO_STATES else None)):
+    check_tensor(op, "", rule, u.p, u.g, u.state1, u.state2)
+    check_step(op, u.step)
+    for number, state in ((1, u.state1), (2, u.state2 if rule in TWO_STATES else None)):
         if state is not None:
             check.dtype(op, f"state{number}", state, torch.float32)
-            check_state(op, number, "", rule, p.numel(), state, None, None)
-    if unorm_vec is not None:
-        check.dtype(op, "unorm_vec", unorm_vec, torch.float32)
-        check.at_least(op, "unorm_vec", unorm_vec.numel(), 1)
-        check.same_device(op, p.device, unorm_vec=unorm_vec)
+            check_state(op, number, "", rule, u.p.numel(), state, None, None)
+    if u.unorm_vec is not None:
+        check.dtype(op, "unorm_vec", u.unorm_vec, torch.float32)
+        check.at_least(op, "unorm_vec", u.unorm_vec.numel(), 1)
+        check.same_device(op, u.p.device, unorm_vec=u.unorm_vec)
 
 
-def check_update_8bit(
-    rule: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    step: int,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-) -> None:
-    op = "optimizer_update_8bit_blockwise"
+def check_update_8bit(u: Update8bit) -> None:
+    op, rule = "optimizer_update_8bit_blockwise", u.optimizer_name
     check.one_of(op, "optimizer_name", rule, RULES)
-    check_tensor(op, "", rule, p, g, state1, state2)
-    check_step(op, step)
-    states = ((1, state1, qmap1, absmax1), (2, state2 if rule in TWO_STATES else None, qmap2, absmax2))
-    for number, state, qmap, absmax in states:
+    check_tensor(op, "", rule, u.p, u.g, u.state1, u.state2)
+    check_step(op, u.step)
+    second = u.state2 if rule in TWO_STATES else None
+    for number, state, qmap, absmax in ((1, u.state1, u.qmap1, u.absmax1), (2, second, u.qmap2, u.absmax2)):
         if state is not None:
             check.dtype(op, f"state{number}", state, torch.uint8)
-            check_state(op, number, "", rule, p.numel(), state, qmap, absmax)
-    check.same_device(op, p.device, qmap1=qmap1, qmap2=qmap2, absmax1=absmax1, absmax2=absmax2)
+            check_state(op, number, "", rule, u.p.numel(), state, qmap, absmax)
+    check.same_device(op, u.p.device, qmap1=u.qmap1, qmap2=u.qmap2, absmax1=u.absmax1, absmax2=u.absmax2)
 
 
-def check_optimizer_step(
-    rule: str,
-    p: Sequence[Tensor],
-    g: Sequence[Tensor],
-    state1: Sequence[Tensor],
-    state2: Sequence[Tensor],
-    absmax1: Sequence[Tensor],
-    absmax2: Sequence[Tensor],
-    unorm: Sequence[Tensor],
-    qmap1: Tensor | None,
-    qmap2: Tensor | None,
-    steps: Sequence[int],
-    offsets: Sequence[int],
-    gnorm_scales: Sequence[float],
-    p_norms: Sequence[float],
-    clock: Tensor | None,
-) -> None:
-    op = "optimizer_step"
-    if not len(p):
+def check_optimizer_step(s: OptimizerStep) -> None:
+    op, rule, n = "optimizer_step", s.optimizer_name, len(s.p)
+    if n == 0:
         return
     check.one_of(op, "optimizer_name", rule, RULES)
     two = rule in TWO_STATES
-    lists = {"g": g, "state1": state1, "steps": steps} | ({"state2": state2} if two else {})
-    optional = {"absmax1": absmax1, "unorm": unorm, "offsets": offsets, "gnorm_scales": gnorm_scales}
-    optional |= {"p_norms": p_norms} | ({"absmax2": absmax2} if two else {})
-    lists |= {name: values for name, values in optional.items() if len(values)}
+    lists: dict[str, Sequence[Any]] = {"g": s.g, "state1": s.state1, "steps": s.steps}
+    if two:
+        lists["state2"] = s.state2
+    for name in ("absmax1", "unorm", "offsets", "gnorm_scales", "p_norms", *(["absmax2"] if two else [])):
+        if len(values := getattr(s, name)):  # those may be left out
+            lists[name] = values
     for name, values in lists.items():
-        if len(values) != len(p):
-            raise ValueError(f"{op}: {name} has {len(values)} entries, expected {len(p)}, one a tensor of p")
-    for i, t in enumerate(p):
+        if len(values) != n:
+            raise ValueError(f"{op}: {name} has {len(values)} entries, expected {n}, one per tensor of p")
+    for i, p in enumerate(s.p):
         at = f"[{i}]"
-        check_tensor(op, at, rule, t, g[i], state1[i], state2[i] if two else None)
-        check_step(op, steps[i])
-        check.same_device(op, p[0].device, **{f"p{at}": t})
-        first, second = (a[i] if len(a) else None for a in (absmax1, absmax2))
-        check_state(op, 1, at, rule, t.numel(), state1[i], qmap1, first)
+        check_tensor(op, at, rule, p, s.g[i], s.state1[i], s.state2[i] if two else None)
+        check_step(op, s.steps[i])
+        check.same_device(op, s.p[0].device, **{f"p{at}": p})
+        first, second = (a[i] if len(a) else None for a in (s.absmax1, s.absmax2))
+        check_state(op, 1, at, rule, p.numel(), s.state1[i], s.qmap1, first)
         if two:
-            check_state(op, 2, at, rule, t.numel(), state2[i], qmap2, second)
-        if len(unorm):
-            check.dtype(op, f"unorm{at}", unorm[i], torch.float32)
-            check.at_least(op, f"unorm{at}", unorm[i].numel(), 1)
-    check.same_device(op, p[0].device, qmap1=qmap1, qmap2=qmap2, clock=clock)
-    if clock is not None:
-        check.dtype(op, "clock", clock, torch.int64)
-        check.equal(op, "clock", "size", clock.numel(), 1)
+            check_state(op, 2, at, rule, p.numel(), s.state2[i], s.qmap2, second)
+        if len(s.unorm):
+            check.dtype(op, f"unorm{at}", s.unorm[i], torch.float32)
+            check.at_least(op, f"unorm{at}", s.unorm[i].numel(), 1)
+    check.same_device(op, s.p[0].device, qmap1=s.qmap1, qmap2=s.qmap2, clock=s.clock)
+    if s.clock is not None:
+        check.dtype(op, "clock", s.clock, torch.int64)
+        check.equal(op, "clock", "size", s.clock.numel(), 1)
 
 
 @register_fake("bitsandbytes::optimizer_update_32bit")
-def _(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    max_unorm: float,
-    param_norm: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    lr: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
-    check_update_32bit(optimizer_name, g, p, state1, state2, unorm_vec, step)
+def _(*arguments: Any) -> None:
+    check_update_32bit(Update32bit(*arguments))
 
 
 @register_fake("bitsandbytes::optimizer_update_8bit_blockwise")
-def _(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    weight_decay: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
-    check_update_8bit(optimizer_name, g, p, state1, state2, step, qmap1, qmap2, absmax1, absmax2)
+def _(*arguments: Any) -> None:
+    check_update_8bit(Update8bit(*arguments))
 
 
 @register_fake("bitsandbytes::optimizer_step")
-def _(
-    optimizer_name: str,
-    p: Sequence[Tensor],
-    g: Sequence[Tensor],
-    state1: Sequence[Tensor],
-    state2: Sequence[Tensor],
-    absmax1: Sequence[Tensor],
-    absmax2: Sequence[Tensor],
-    unorm: Sequence[Tensor],
-    qmap1: Tensor | None,
-    qmap2: Tensor | None,
-    steps: Sequence[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    t_alpha: int = 0,
-    t_beta3: int = 0,
-    max_unorm: float = 0.0,
-    skip_zeros: bool = False,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    bias_correction: bool = True,
-    coupled_decay: bool = False,
-    seed: int | None = None,
-    offsets: Sequence[int] = (),
-    gnorm_scales: Sequence[float] = (),
-    p_norms: Sequence[float] = (),
-    clock: Tensor | None = None,
-) -> None:
-    lists = (p, g, state1, state2, absmax1, absmax2, unorm)
-    check_optimizer_step(optimizer_name, *lists, qmap1, qmap2, steps, offsets, gnorm_scales, p_norms, clock)
+def _(*arguments: Any) -> None:
+    check_optimizer_step(gather(OptimizerStep, arguments))

@@ -416,8 +416,22 @@ def test_opcheck(name: str) -> None:
 
 
 def test_schemas_equal_the_released_ones() -> None:
-    for name in ("optimizer_update_32bit", "optimizer_update_8bit_blockwise"):
-        assert str(getattr(ops, name).default._schema) == f"bitsandbytes::{name}{SCHEMAS[name]}"
+    released = {
+        "optimizer_update_32bit": (
+            "str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, "
+            "Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, float beta1, float beta2, float beta3, "
+            "float alpha, float eps, float weight_decay, int step, float lr, float gnorm_scale, bool skip_zeros=False"
+        ),
+        "optimizer_update_8bit_blockwise": (
+            "str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, float beta1, "
+            "float beta2, float beta3, float alpha, float eps, int step, float lr, Tensor(a4!) qmap1, "
+            "Tensor(a5!)? qmap2, Tensor(a6!) absmax1, Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, "
+            "bool skip_zeros=False"
+        ),
+    }
+    for name, arguments in released.items():
+        assert str(getattr(ops, name).default._schema) == f"bitsandbytes::{name}({arguments}) -> ()"
+    assert str(ops.optimizer_step.default._schema) == f"bitsandbytes::optimizer_step{SCHEMAS['optimizer_step']}"
 
 
 def test_clock_counts_the_steps() -> None:

@@ -8,7 +8,16 @@ from torch import Tensor
 from typing_extensions import deprecated
 
 from .. import _checks as check
-from .._ops_optim import RULES, TWO_STATES, check_apart, check_update_8bit, check_update_32bit, is_root
+from .._ops_optim import (
+    RULES,
+    TWO_STATES,
+    Update8bit,
+    Update32bit,
+    check_disjoint,
+    check_update_8bit,
+    check_update_32bit,
+    is_root,
+)
 from ..backends.default.optim import state_codes
 
 _ops = torch.ops.bitsandbytes
@@ -65,7 +74,7 @@ def optimizer_update_32bit(
     max_unorm: float = 0.0,
     skip_zeros: bool = False,
 ) -> None:
-    """One step with fp32 state. Gradients that are not finite are passed over, element by element.
+    """One step with fp32 state. Elements whose gradient is not finite are skipped and keep parameter and state.
 
     Args:
         optimizer_name: adam, lamb, ademamix, lion, momentum, lars, rmsprop or adagrad.
@@ -73,9 +82,9 @@ def optimizer_update_32bit(
         state1, state2: fp32 of that shape, zeros before the first step; state1 of ademamix has two rows, (2, *p.shape).
         step: from 1.
         gnorm_scale: factor of the gradient.
-        max_unorm: the update becomes no longer than this times the norm of p; 0 for no limit.
-        unorm_vec: one fp32 element that gets the norm of the update, if max_unorm > 0.
-        skip_zeros: pass over elements whose gradient is 0.
+        max_unorm: limit of the norm of the update, relative to the norm of p; 0 for no limit.
+        unorm_vec: one fp32 element that receives the norm of the update, if max_unorm > 0.
+        skip_zeros: skip elements whose gradient is 0 too.
 
     The papers of the rules are named in bitsandbytes.optim.
 
@@ -85,12 +94,28 @@ def optimizer_update_32bit(
     op = "optimizer_update_32bit"
     check.tensor(op, "p", p)
     flat = Flat(op, p)
-    second = None if state2 is None else flat("state2", state2)
-    tensors = (flat("g", g), flat("p", p), flat("state1", state1), second, unorm_vec)
-    param_norm = torch.linalg.vector_norm(p, dtype=torch.float32).item() if max_unorm > 0 else 0.0
-    check_update_32bit(optimizer_name, *tensors, step)
-    numbers = (beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros)
-    _ops.optimizer_update_32bit.default(optimizer_name, *tensors, max_unorm, param_norm, *numbers)
+    update = Update32bit(
+        optimizer_name=optimizer_name,
+        g=flat("g", g),
+        p=flat("p", p),
+        state1=flat("state1", state1),
+        state2=None if state2 is None else flat("state2", state2),
+        unorm_vec=unorm_vec,
+        max_unorm=max_unorm,
+        param_norm=torch.linalg.vector_norm(p, dtype=torch.float32).item() if max_unorm > 0 else 0.0,
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        alpha=alpha,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        lr=lr,
+        gnorm_scale=gnorm_scale,
+        skip_zeros=skip_zeros,
+    )
+    check_update_32bit(update)
+    _ops.optimizer_update_32bit.default(*update)
     flat.write_back()
 
 
@@ -122,7 +147,7 @@ def optimizer_update_8bit_blockwise(
         state1, state2: uint8, of the shape of p, (2, *p.shape) for state1 of ademamix; zeros, with zeros in absmax,
             before the first step.
         qmap1, qmap2: 256 ascending fp32 values; the signed and the unsigned dynamic map, as a rule.
-        absmax1, absmax2: fp32, one a block; (2, blocks) for state1 of ademamix.
+        absmax1, absmax2: fp32, one per block; (2, blocks) for state1 of ademamix.
         The others as in optimizer_update_32bit.
 
     Raises:
@@ -131,14 +156,29 @@ def optimizer_update_8bit_blockwise(
     op = "optimizer_update_8bit_blockwise"
     check.tensor(op, "p", p)
     flat = Flat(op, p)
-    second = None if state2 is None else flat("state2", state2)
-    tensors = (flat("g", g), flat("p", p), flat("state1", state1), second)
-    numbers = (beta1, beta2, beta3, alpha, eps, step, lr)
-    maps = (qmap1, qmap2, absmax1, absmax2)
-    check_update_8bit(optimizer_name, *tensors, step, *maps)
-    _ops.optimizer_update_8bit_blockwise.default(
-        optimizer_name, *tensors, *numbers, *maps, weight_decay, gnorm_scale, skip_zeros
+    update = Update8bit(
+        optimizer_name=optimizer_name,
+        g=flat("g", g),
+        p=flat("p", p),
+        state1=flat("state1", state1),
+        state2=None if state2 is None else flat("state2", state2),
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        alpha=alpha,
+        eps=eps,
+        step=step,
+        lr=lr,
+        qmap1=qmap1,
+        qmap2=qmap2,
+        absmax1=absmax1,
+        absmax2=absmax2,
+        weight_decay=weight_decay,
+        gnorm_scale=gnorm_scale,
+        skip_zeros=skip_zeros,
     )
+    check_update_8bit(update)
+    _ops.optimizer_update_8bit_blockwise.default(*update)
     flat.write_back()
 
 
@@ -166,12 +206,12 @@ def optimizer_update_8bit(
     unorm_vec: Tensor | None = None,
     max_unorm: float = 0.0,
 ) -> None:
-    """Deprecated. One step with 8-bit state that has one scale a tensor: x = qmap[state] * max.
+    """Deprecated. One step with 8-bit state that has one scale per tensor: x = qmap[state] * max.
 
     Args:
         optimizer_name: adam, lamb, lion, momentum, lars, rmsprop or adagrad.
         max1, max2: one fp32 element each, the scales of the states as they are.
-        new_max1, new_max2: likewise; they get the scales of the states after the step.
+        new_max1, new_max2: likewise; they receive the scales of the states after the step.
         The others as in optimizer_update_32bit and optimizer_update_8bit_blockwise.
 
     Raises:
@@ -184,7 +224,7 @@ def optimizer_update_8bit(
     if optimizer_name in TWO_STATES:
         states.append((2, state2, qmap2, max2, new_max2))
     wide = [_widened(op, p, *state) for state in states]
-    check_apart(op, [{"p": p, "g": g, "state1": state1, "state2": state2}])
+    check_disjoint(op, [{"p": p, "g": g, "state1": state1, "state2": state2}])
     optimizer_update_32bit(
         *(optimizer_name, g, p, wide[0], beta1, eps, step, lr, wide[1] if len(wide) > 1 else None, beta2),
         weight_decay=weight_decay,

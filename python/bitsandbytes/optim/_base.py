@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _checks as check
-from .._ops_optim import MOMENTUM, TWO_STATES, check_numbers, first_states
+from .._ops_optim import MOMENTUM, TWO_STATES, Numbers, check_numbers, first_states
 from ..functional.codebooks import create_dynamic_map
 from ..functional.optim import HISTORY
 from ..functional.paged import paged_strided, prefetch_tensor
@@ -265,20 +265,26 @@ class Optimizer8bit(torch.optim.Optimizer):
             gindex, pindex = self._first_places.setdefault(p, (gindex, pindex))
         return self.mng.options_of(p, gindex, pindex)
 
-    def _numbers(self, config: dict[str, Any]) -> tuple[Any, ...]:
-        """The arguments of the operator from lr to seed."""
-        betas = config["betas"]
-        beta2, beta3 = betas[1], betas[2] if len(betas) > 2 else 0.0
-        return (
-            *(float(config["lr"]), float(betas[0]), float(beta2), float(beta3), float(config["alpha"])),
-            *(float(config["eps"]), float(config["weight_decay"]), config["t_alpha"] or 0, config["t_beta3"] or 0),
-            *(
-                float(config["max_unorm"]),
-                bool(config["skip_zeros"]),
-                float(beta2) if self.optimizer_name in MOMENTUM else 0.0,
-            ),
-            *(self.options.get("nesterov", False), self.options.get("bias_correction", True)),
-            *(self.options.get("coupled_decay", False), config.get("seed")),
+    def _numbers(self, config: dict[str, Any]) -> Numbers:
+        betas, options = config["betas"], self.options
+        beta2 = float(betas[1])
+        return Numbers(
+            lr=float(config["lr"]),
+            beta1=float(betas[0]),
+            beta2=beta2,
+            beta3=float(betas[2]) if len(betas) > 2 else 0.0,
+            alpha=float(config["alpha"]),
+            eps=float(config["eps"]),
+            weight_decay=float(config["weight_decay"]),
+            t_alpha=config["t_alpha"] or 0,
+            t_beta3=config["t_beta3"] or 0,
+            max_unorm=float(config["max_unorm"]),
+            skip_zeros=bool(config["skip_zeros"]),
+            dampening=beta2 if self.optimizer_name in MOMENTUM else 0.0,
+            nesterov=options.get("nesterov", False),
+            bias_correction=options.get("bias_correction", True),
+            coupled_decay=options.get("coupled_decay", False),
+            seed=config.get("seed"),
         )
 
     # ---- steps
@@ -304,7 +310,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     @torch._disable_dynamo  # torch.compile leaves steps as they are
     def _step_groups(self) -> None:
         owner = type(self).__name__
-        work: list[tuple[Batch, tuple[Any, ...], list[Tensor], int]] = []
+        work: list[tuple[Batch, Numbers, list[Tensor], int]] = []
         for gindex, group in enumerate(self.param_groups):
             params, grads = group["params"], list(map(_grad, group["params"]))
             if type(None) in set(map(type, grads)):
@@ -328,7 +334,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         if len(work) > 1:  # of one, the operator does it
             for batch, numbers, *_ in work:
                 if batch.numbers != numbers:
-                    check_numbers(owner, f" of group {batch.gindex}", self.optimizer_name, *numbers)
+                    check_numbers(owner, f" of group {batch.gindex}", self.optimizer_name, numbers)
                     batch.numbers = numbers
                 batch.check_dtypes(owner)
         for file in {id(file): file for batch, *_ in work for file in batch.files}.values():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._ops_optim import TWO_STATES, first_states
+from .._ops_optim import TWO_STATES, Numbers, first_states
 from ..functional.optim import HISTORY, Flat, clipped_norm, scale_to
 from ._file_states import MappedFile, files_of
 from ._place import Place, local_part
@@ -30,7 +30,7 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 @dataclass
 class Batch:
-    """The arguments of one call, but for gradients and steps."""
+    """The arguments of one call, except for gradients and steps."""
 
     rule: str
     gindex: int
@@ -43,7 +43,7 @@ class Batch:
     files: list[MappedFile] = field(default_factory=list)  # where the states are
     shards: Shards | None = None  # if the parameters are sharded
     shapes: list[torch.Size] = field(default_factory=list)  # of the parameters, which are those of the states
-    numbers: tuple[Any, ...] = ()  # that were found right
+    numbers: Numbers | None = None  # the last ones that passed the checks
     clock: Tensor | None = None  # counts the steps of a captured graph
     captured: bool = False
 
@@ -98,7 +98,7 @@ class Batch:
         """Steps of graphs that the states do not count."""
         return int(self.clock.item()) if self.captured and self.clock is not None else 0
 
-    def run(self, numbers: Sequence[Any], grads: Sequence[Tensor], percentile: int = HISTORY) -> None:
+    def run(self, numbers: Numbers, grads: Sequence[Tensor], percentile: int = HISTORY) -> None:
         steps = [state["step"] + 1 for state in self.states]
         if percentile < HISTORY:
             return self._run_clipped(numbers, grads, percentile, steps)
@@ -113,7 +113,7 @@ class Batch:
             self._run_flat(numbers, grads, steps, clock)
         self._count(steps, clock)
 
-    def _run_clipped(self, numbers: Sequence[Any], grads: Sequence[Tensor], percentile: int, steps: list[int]) -> None:
+    def _run_clipped(self, numbers: Numbers, grads: Sequence[Tensor], percentile: int, steps: list[int]) -> None:
         """With gradients that are no longer than a percentile of their last norms."""
         op, scales, after = "percentile_clipping", [], []
         for state, g, step in zip(self.states, grads, steps, strict=True):
@@ -137,7 +137,7 @@ class Batch:
 
     def _run_flat(
         self,
-        numbers: Sequence[Any],
+        numbers: Numbers,
         grads: Sequence[Tensor],
         steps: list[int],
         clock: Tensor | None,
@@ -158,7 +158,7 @@ class Batch:
 
     def _call(
         self,
-        numbers: Sequence[Any],
+        numbers: Numbers,
         p: Sequence[Tensor],
         g: Sequence[Tensor],
         tensors: dict[str, list[Tensor]],

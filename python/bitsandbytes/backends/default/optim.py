@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from ..._ops_optim import (
     MOMENTUM,
     SQUARES_ALONE,
     TWO_STATES,
-    check_apart,
+    Numbers,
+    OptimizerStep,
+    Update8bit,
+    Update32bit,
+    check_disjoint,
     check_numbers,
     check_optimizer_step,
     check_scale,
@@ -26,89 +31,79 @@ from ..._ops_optim import (
     check_update_32bit,
     first_states,
     is_root,
+    numbers_of,
 )
+from ..._schemas import gather
 from ..utils import default_kernel, nearest_codes
 from .stochastic import rounded_stochastically
 
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Config:
-    """What all tensors of a call share."""
+    """A rule and the numbers that all tensors of a call share."""
 
     rule: str
-    lr: float
-    beta1: float
-    beta2: float
-    beta3: float
-    alpha: float
-    eps: float
-    weight_decay: float
-    t_alpha: int = 0
-    t_beta3: int = 0
-    max_unorm: float = 0.0
-    skip_zeros: bool = False
-    dampening: float = 0.0
-    nesterov: bool = False
-    bias_correction: bool = True
-    coupled_decay: bool = False
-    seed: int | None = None
+    numbers: Numbers
 
     @property
     def decoupled(self) -> bool:
-        return not self.coupled_decay and self.rule in (*TWO_STATES, "lion")
+        return not self.numbers.coupled_decay and self.rule in (*TWO_STATES, "lion")
 
     def at(self, t: int) -> "Hyper":
         """The numbers of step t."""
-        beta1, gain1, beta3, alpha, scale, eps = self.beta1, 1 - self.beta1, self.beta3, self.alpha, 1.0, self.eps
+        c = self.numbers
+        beta1, one_minus_beta1, beta3, alpha, scale, eps = c.beta1, 1 - c.beta1, c.beta3, c.alpha, 1.0, c.eps
         if self.rule in MOMENTUM:  # at t = 1 what was in the state does not count
-            beta1, gain1 = (0.0, 1.0) if t == 1 else (self.beta1, 1 - self.dampening)
+            beta1, one_minus_beta1 = (0.0, 1.0) if t == 1 else (c.beta1, 1 - c.dampening)
         if self.rule == "adagrad":
-            beta1 = gain1 = 1.0
-        if self.rule in TWO_STATES and self.bias_correction:
-            first, second = 1 - self.beta1**t, math.sqrt(1 - self.beta2**t)
+            beta1 = one_minus_beta1 = 1.0
+        if self.rule in TWO_STATES and c.bias_correction:
+            first, second = 1 - c.beta1**t, math.sqrt(1 - c.beta2**t)
             scale, eps, alpha = second / first, eps * second, alpha * first
-        if self.t_alpha > 0:
-            alpha *= min(1.0, t / self.t_alpha)
-        if 0 < t < self.t_beta3 and self.beta3 > 0:  # the half-life grows linearly from that of beta1
-            part, to = t / self.t_beta3, math.log(self.beta3)
-            ratio = to / math.log(self.beta1) if self.beta1 > 0 else 0.0
-            beta3 = min(self.beta3, math.exp(to / ((1 - part) * ratio + part)))
-        decay = 1 - self.lr * self.weight_decay if self.decoupled else 1.0
+        if c.t_alpha > 0:
+            alpha *= min(1.0, t / c.t_alpha)
+        if 0 < t < c.t_beta3 and c.beta3 > 0:  # the half-life grows linearly from that of beta1
+            part, to = t / c.t_beta3, math.log(c.beta3)
+            ratio = to / math.log(c.beta1) if c.beta1 > 0 else 0.0
+            beta3 = min(c.beta3, math.exp(to / ((1 - part) * ratio + part)))
+        decay = 1 - c.lr * c.weight_decay if self.decoupled else 1.0
         return Hyper(
             beta1=_f32(beta1),
-            gain1=_f32(gain1),
-            beta2=_f32(self.beta1 if self.rule in MOMENTUM else self.beta2),  # Nesterov's step ahead
-            gain2=_f32(1 - self.beta2),
+            one_minus_beta1=_f32(one_minus_beta1),
+            beta2=_f32(c.beta1 if self.rule in MOMENTUM else c.beta2),  # Nesterov's step ahead
+            one_minus_beta2=_f32(1 - c.beta2),
             beta3=_f32(beta3),
-            gain3=_f32(1 - beta3),
+            one_minus_beta3=_f32(1 - beta3),
             alpha=_f32(alpha),
             scale=_f32(scale),
             eps=max(_f32(eps), _SMALLEST_NORMAL),
-            coupled=0.0 if self.decoupled else _f32(self.weight_decay),
-            keep=_f32(decay),
-            rate=_f32(self.lr),
+            coupled=0.0 if self.decoupled else _f32(c.weight_decay),
+            decay_factor=_f32(decay),
+            step_size=_f32(c.lr),
         )
 
 
 @dataclass(frozen=True)
 class Hyper:
-    """s = s * beta + g * gain;  u = scale * (..) / (sqrt(v) + eps);  p = p * keep - rate * trust * u."""
+    """s = s * beta + g * one_minus_beta;  u = scale * (..) / (sqrt(v) + eps);  p = p * decay_factor - step_size * u."""
 
     beta1: float
-    gain1: float
+    one_minus_beta1: float
     beta2: float
-    gain2: float
+    one_minus_beta2: float
     beta3: float
-    gain3: float
+    one_minus_beta3: float
     alpha: float
     scale: float
     eps: float
     coupled: float
-    keep: float
-    rate: float
+    decay_factor: float
+    step_size: float
 
 
 def _f32(x: float) -> float:
@@ -127,25 +122,25 @@ def _sqrt(v: Tensor) -> Tensor:
     return v.sqrt() if v.device.type == "mps" else v.double().sqrt().float()
 
 
-def _average(s: Tensor, beta: float, x: Tensor, gain: float) -> Tensor:
-    return _fma(s, beta, x * gain)
+def _ema(s: Tensor, beta: float, x: Tensor, one_minus_beta: float) -> Tensor:
+    return _fma(s, beta, x * one_minus_beta)
 
 
 def _direction(c: Config, h: Hyper, g: Tensor, s: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """u and the states moved."""
+    """The update u and the new states."""
     if c.rule == "lion":
-        return _average(s[0], h.beta1, g, h.gain1).sign(), [_average(s[0], h.beta2, g, h.gain2)]
+        return _ema(s[0], h.beta1, g, h.one_minus_beta1).sign(), [_ema(s[0], h.beta2, g, h.one_minus_beta2)]
     if c.rule in MOMENTUM:
-        m = _average(s[0], h.beta1, g, h.gain1).clamp(-_LARGEST, _LARGEST)
-        return _fma(m, h.beta2, g) if c.nesterov else m, [m]
+        m = _ema(s[0], h.beta1, g, h.one_minus_beta1).clamp(-_LARGEST, _LARGEST)
+        return _fma(m, h.beta2, g) if c.numbers.nesterov else m, [m]
     if c.rule in SQUARES_ALONE:
-        v = _average(s[0], h.beta1, g * g, h.gain1).clamp(max=_LARGEST)
+        v = _ema(s[0], h.beta1, g * g, h.one_minus_beta1).clamp(max=_LARGEST)
         return g * h.scale / (_sqrt(v) + h.eps), [v]
-    m = _average(s[0], h.beta1, g, h.gain1)
-    v = _average(s[-1], h.beta2, g * g, h.gain2).clamp(max=_LARGEST)
+    m = _ema(s[0], h.beta1, g, h.one_minus_beta1)
+    v = _ema(s[-1], h.beta2, g * g, h.one_minus_beta2).clamp(max=_LARGEST)
     if c.rule != "ademamix":
         return m * h.scale / (_sqrt(v) + h.eps), [m, v]
-    slow = _average(s[1], h.beta3, g, h.gain3)
+    slow = _ema(s[1], h.beta3, g, h.one_minus_beta3)
     return _fma(slow, h.alpha, m) * h.scale / (_sqrt(v) + h.eps), [m, slow, v]
 
 
@@ -223,156 +218,85 @@ def _step(
     gnorm_scale: float = 1.0,
     p_norm: float | None = None,
 ) -> None:
-    h = c.at(t)
+    h, numbers = c.at(t), c.numbers
     flat, raw = p.reshape(-1).float(), g.reshape(-1).float() * _f32(gnorm_scale)
     grad = _fma(flat, h.coupled, raw)
     takes_part = (grad * grad if c.rule in (*TWO_STATES, *SQUARES_ALONE) else grad).isfinite()
-    if c.skip_zeros:
+    if numbers.skip_zeros:
         takes_part &= raw != 0
     before = [s.load() for s in states]
-    u, moved = _direction(c, h, grad, before)
-    rate = h.rate
-    if c.max_unorm > 0:
+    u, after = _direction(c, h, grad, before)
+    step_size = h.step_size
+    if numbers.max_unorm > 0:
         u_norm = _norm(u.masked_fill(~takes_part, 0))
-        rate = _f32(rate * _trust(c.max_unorm, _norm(flat) if p_norm is None else p_norm, u_norm))
+        step_size = _f32(step_size * _trust(numbers.max_unorm, _norm(flat) if p_norm is None else p_norm, u_norm))
         if unorm is not None:
             unorm.view(-1)[:1].fill_(u_norm)
-    stepped = torch.where(takes_part, _fma(u, -rate, flat * h.keep), flat)
-    if c.seed is not None and p.element_size() == 2:
-        stepped = rounded_stochastically(stepped, p.dtype, c.seed, t, offset)
+    stepped = torch.where(takes_part, _fma(u, -step_size, flat * h.decay_factor), flat)
+    if numbers.seed is not None and p.element_size() == 2:
+        stepped = rounded_stochastically(stepped, p.dtype, numbers.seed, t, offset)
     p.copy_(stepped.view(p.shape))
-    for state, old, new in zip(states, before, moved, strict=True):
+    for state, old, new in zip(states, before, after, strict=True):
         state.store(torch.where(takes_part, new, old))
 
 
 @default_kernel("bitsandbytes::optimizer_update_32bit")
-def _(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    max_unorm: float,
-    param_norm: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    lr: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
-    op, numbers = "optimizer_update_32bit", (lr, beta1, beta2, beta3, alpha, eps, weight_decay)
-    check_update_32bit(optimizer_name, g, p, state1, state2, unorm_vec, step)
-    check_numbers(op, "", optimizer_name, *numbers, max_unorm=max_unorm)
-    check_scale(op, "", gnorm_scale, param_norm if max_unorm > 0 else None)
-    second = state2 if optimizer_name in TWO_STATES else None
-    check_apart(op, [{"p": p, "g": g, "state1": state1, "state2": second}])
-    config = Config(optimizer_name, *numbers, max_unorm=max_unorm, skip_zeros=skip_zeros)
-    states = _states(optimizer_name, p.numel(), (state1, second), (None, None), (None, None))
-    _step(config, p, g, states, step, unorm_vec, 0, gnorm_scale, param_norm)
+def _(*arguments: Any) -> None:
+    u = Update32bit(*arguments)
+    op, rule, numbers = "optimizer_update_32bit", u.optimizer_name, numbers_of(u)
+    check_update_32bit(u)
+    check_numbers(op, "", rule, numbers)
+    check_scale(op, "", u.gnorm_scale, u.param_norm if u.max_unorm > 0 else None)
+    second = u.state2 if rule in TWO_STATES else None
+    check_disjoint(op, [{"p": u.p, "g": u.g, "state1": u.state1, "state2": second}])
+    states = _states(rule, u.p.numel(), (u.state1, second), (None, None), (None, None))
+    _step(Config(rule, numbers), u.p, u.g, states, u.step, u.unorm_vec, 0, u.gnorm_scale, u.param_norm)
 
 
 @default_kernel("bitsandbytes::optimizer_update_8bit_blockwise")
-def _(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    weight_decay: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
-    op, numbers = "optimizer_update_8bit_blockwise", (lr, beta1, beta2, beta3, alpha, eps, weight_decay)
-    check_update_8bit(optimizer_name, g, p, state1, state2, step, qmap1, qmap2, absmax1, absmax2)
-    check_numbers(op, "", optimizer_name, *numbers)
-    check_scale(op, "", gnorm_scale)
-    second = state2 if optimizer_name in TWO_STATES else None
-    check_apart(op, [{"p": p, "g": g, "state1": state1, "state2": second, "absmax1": absmax1, "absmax2": absmax2}])
-    config = Config(optimizer_name, *numbers, skip_zeros=skip_zeros)
-    states = _states(optimizer_name, p.numel(), (state1, second), (absmax1, absmax2), (qmap1, qmap2))
-    _step(config, p, g, states, step, gnorm_scale=gnorm_scale)
+def _(*arguments: Any) -> None:
+    u = Update8bit(*arguments)
+    op, rule, numbers = "optimizer_update_8bit_blockwise", u.optimizer_name, numbers_of(u)
+    check_update_8bit(u)
+    check_numbers(op, "", rule, numbers)
+    check_scale(op, "", u.gnorm_scale)
+    second = u.state2 if rule in TWO_STATES else None
+    parts = {"p": u.p, "g": u.g, "state1": u.state1, "state2": second, "absmax1": u.absmax1, "absmax2": u.absmax2}
+    check_disjoint(op, [parts])
+    states = _states(rule, u.p.numel(), (u.state1, second), (u.absmax1, u.absmax2), (u.qmap1, u.qmap2))
+    _step(Config(rule, numbers), u.p, u.g, states, u.step, gnorm_scale=u.gnorm_scale)
 
 
 @default_kernel("bitsandbytes::optimizer_step")
-def _(
-    optimizer_name: str,
-    p: Sequence[Tensor],
-    g: Sequence[Tensor],
-    state1: Sequence[Tensor],
-    state2: Sequence[Tensor],
-    absmax1: Sequence[Tensor],
-    absmax2: Sequence[Tensor],
-    unorm: Sequence[Tensor],
-    qmap1: Tensor | None,
-    qmap2: Tensor | None,
-    steps: Sequence[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    t_alpha: int = 0,
-    t_beta3: int = 0,
-    max_unorm: float = 0.0,
-    skip_zeros: bool = False,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    bias_correction: bool = True,
-    coupled_decay: bool = False,
-    seed: int | None = None,
-    offsets: Sequence[int] = (),
-    gnorm_scales: Sequence[float] = (),
-    p_norms: Sequence[float] = (),
-    clock: Tensor | None = None,
-) -> None:
-    lists = (p, g, state1, state2, absmax1, absmax2, unorm)
-    check_optimizer_step(optimizer_name, *lists, qmap1, qmap2, steps, offsets, gnorm_scales, p_norms, clock)
-    op, two = "optimizer_step", optimizer_name in TWO_STATES
-    numbers = (
-        *(lr, beta1, beta2, beta3, alpha, eps, weight_decay, t_alpha, t_beta3, max_unorm),
-        *(skip_zeros, dampening, nesterov, bias_correction, coupled_decay, seed),
-    )
-    check_numbers(op, "", optimizer_name, *numbers)
-    for i, (scale, norm) in enumerate(zip_longest(gnorm_scales, p_norms)):
+def _(*arguments: Any) -> None:
+    s = gather(OptimizerStep, arguments)
+    op, rule, two = "optimizer_step", s.optimizer_name, s.optimizer_name in TWO_STATES
+    check_optimizer_step(s)
+    check_numbers(op, "", rule, s.numbers)
+    for i, (scale, norm) in enumerate(zip_longest(s.gnorm_scales, s.p_norms)):
         check_scale(op, f"[{i}]", 1.0 if scale is None else scale, norm)
-    parts = {"p": p, "g": g, "state1": state1, "absmax1": absmax1}
-    parts |= {"state2": state2, "absmax2": absmax2} if two else {}
-    check_apart(op, [{name: x[i] if x else None for name, x in parts.items()} for i in range(len(p))])
-    config = Config(optimizer_name, *numbers)
-    late = 0 if clock is None else int(clock.item())
-    for i, tensor in enumerate(p):
-        state = (state1[i], state2[i] if two else None)
-        absmax = (absmax1[i] if absmax1 else None, absmax2[i] if absmax2 else None)
-        states = _states(optimizer_name, tensor.numel(), state, absmax, (qmap1, qmap2))
+    names = ("p", "g", "state1", "absmax1", *(("state2", "absmax2") if two else ()))
+    check_disjoint(op, [{name: _entry(getattr(s, name), i) for name in names} for i in range(len(s.p))])
+    config = Config(rule, s.numbers)
+    late = 0 if s.clock is None else int(s.clock.item())
+    for i, p in enumerate(s.p):
+        state = (s.state1[i], s.state2[i] if two else None)
+        absmax = (_entry(s.absmax1, i), _entry(s.absmax2, i))
+        states = _states(rule, p.numel(), state, absmax, (s.qmap1, s.qmap2))
         _step(
             config,
-            tensor,
-            g[i],
+            p,
+            s.g[i],
             states,
-            steps[i] + late,
-            unorm[i] if unorm else None,
-            offsets[i] if offsets else 0,
-            gnorm_scales[i] if gnorm_scales else 1.0,
-            p_norms[i] if p_norms else None,
+            s.steps[i] + late,
+            _entry(s.unorm, i),
+            s.offsets[i] if s.offsets else 0,
+            s.gnorm_scales[i] if s.gnorm_scales else 1.0,
+            _entry(s.p_norms, i),
         )
-    if clock is not None:
-        clock.add_(1)
+    if s.clock is not None:
+        s.clock.add_(1)
+
+
+def _entry(values: Sequence[T], i: int) -> T | None:
+    return values[i] if values else None
