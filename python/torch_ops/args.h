@@ -181,7 +181,7 @@ template <class Device> struct Args : Checker {
       if (t == s) return;
     fail(argument, std::string("of dtype ") + name_of(t), "an integer or floating point dtype of at most 64 bits");
   }
-  // As many items as hold the codes of n elements, no more: a longer tensor is another weight's, or was cast.
+  // Exactly the items that hold the codes of n elements: a longer tensor belongs to another weight, or was cast.
   Tensor packed(std::string_view argument, const Tensor& t, int64_t n) const {
     present(argument, t);
     const ScalarType type = type_of(t);
@@ -191,7 +191,7 @@ template <class Device> struct Args : Checker {
       fail(argument, std::to_string(given) + " bytes", std::to_string(expected) + " for " + std::to_string(n) + " elements");
     return input(argument, t);
   }
-  // Scales of blocks, one for each.
+  // Scales, one per block.
   Tensor absmax(std::string_view argument, const Tensor& t, int64_t n, int64_t blocksize, ScalarType wanted = ScalarType::Float) const {
     type(argument, t, wanted);
     equal(argument, t.numel(), blocks_of(n, blocksize), "one for each block");
@@ -210,7 +210,7 @@ template <class Device> struct Args : Checker {
   }
 };
 
-// A bias that lives as long as the call.
+// A bias, kept alive as long as the call.
 template <class Device> struct Bias {
   std::optional<Tensor> kept;
   ConstView view = {};
@@ -222,7 +222,7 @@ template <class Device> struct Bias {
   }
 };
 
-// `n` of them, if the caller has counted them already.
+// The elements of a contiguous tensor; `n` if the caller has counted them already.
 template <class T> std::span<const T> read(const Tensor& t, int64_t n) {
   return {n ? static_cast<const T*>(t.const_data_ptr()) : nullptr, static_cast<size_t>(n)};
 }
@@ -237,8 +237,8 @@ inline std::span<uint8_t> mutable_bytes(const Tensor& t) {
   return {n ? static_cast<uint8_t*>(t.mutable_data_ptr()) : nullptr, static_cast<size_t>(n)};
 }
 
-// A contiguous tensor on the device of `like`, for what `purpose` says. Past the dispatcher, which looks "aten::new_empty" up by name: 1 us
-// less.
+// A contiguous tensor on the device of `like`; messages say it is for `purpose`. Bypasses the dispatcher, which would look up
+// "aten::new_empty" by name: 1 us less.
 template <class Device>
 Owned new_owned(const Args<Device>& args, const Tensor& like, std::span<const int64_t> shape, ScalarType dtype,
                 std::string_view purpose = "a result") {

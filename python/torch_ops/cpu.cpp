@@ -9,7 +9,7 @@
 namespace bnb::torch_ops {
 namespace {
 
-// torch gives every thread one range of equal length; Chunks says what a thread does of it.
+// torch gives every thread one range of equal length; Chunks says what a thread does with it.
 void torch_parallel(int64_t count, int64_t grain, ParallelBody body, void* context) {
   uint32_t threads = 1;
   STD_TORCH_CHECK(torch_get_num_threads(&threads) == 0, "get_num_threads failed");

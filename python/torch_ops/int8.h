@@ -65,8 +65,12 @@ QuantizedRows<Device> quantize_rows(const Int8Args<Device>& args, const Tensor& 
   QuantizedRows<Device> r;
   r.codes = new_empty(args, x, sizes(a), ScalarType::Char);
   r.scale = new_empty(args, x, std::array{shape.rows}, ScalarType::Float);
-  const QuantizeInt8 d{
-      shape.rows, shape.columns, args.values("A", x), args.threshold(threshold), write<int8_t>(r.codes), write<float>(r.scale), {}};
+  const QuantizeInt8 d{.rows = shape.rows,
+                       .columns = shape.columns,
+                       .x = args.values("A", x),
+                       .threshold = args.threshold(threshold),
+                       .codes = write<int8_t>(r.codes),
+                       .scale = write<float>(r.scale)};
   r.outliers = args.device.quantize_int8(d, [&](int64_t count) { return new_empty(args, x, std::array{count}, ScalarType::Long); });
   return r;
 }
@@ -86,8 +90,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> int8_double_qu
   auto r = quantize_rows(args, a, x, shape, threshold);
   const Tensor codes = new_empty(args, x, sizes(a), ScalarType::Char);
   const Tensor scale = new_empty(args, x, std::array{shape.columns}, ScalarType::Float);
-  args.device.quantize_columns_int8(
-      {shape.rows, shape.columns, args.values("A", x), args.threshold(threshold), write<int8_t>(codes), write<float>(scale)});
+  args.device.quantize_columns_int8({.rows = shape.rows,
+                                     .columns = shape.columns,
+                                     .x = args.values("A", x),
+                                     .threshold = args.threshold(threshold),
+                                     .codes = write<int8_t>(codes),
+                                     .scale = write<float>(scale)});
   return {std::move(r.codes), codes, std::move(r.scale), scale, std::move(r.outliers)};
 }
 
@@ -168,7 +176,7 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   return out;
 }
 
-// The second result holds the outlier columns of A, if they are asked for.
+// The second result holds the outlier columns of A, if outlier_cols is given.
 template <class Device>
 std::tuple<Tensor, std::optional<Tensor>> int8_mixed_scaled_mm(const Tensor& a, const Tensor& ca, const Tensor& cb, const Tensor& sca,
                                                                const Tensor& scb, const std::optional<Tensor>& outlier_cols,
@@ -205,9 +213,16 @@ Tensor int8_linear(const Tensor& a, const Tensor& cb, const Tensor& scb, const s
   const Bias<Device> kept(args, bias, n);
   const ConstView values = args.values("A", x);
   const Tensor out = new_empty(args, a, with_last(a, n), type_of(a));
-  args.device.linear_int8({shape.rows, n, shape.columns, values, args.threshold(threshold), read<int8_t>(weight), read<float>(scale),
-                           kept.view, args.mutable_values("out", out)},
-                          [&](int64_t size) { return new_empty(args, a, std::array{size}, ScalarType::Byte); });
+  const LinearInt8 d{.m = shape.rows,
+                     .n = n,
+                     .k = shape.columns,
+                     .x = values,
+                     .threshold = args.threshold(threshold),
+                     .weight = read<int8_t>(weight),
+                     .weight_scale = read<float>(scale),
+                     .bias = kept.view,
+                     .out = args.mutable_values("out", out)};
+  args.device.linear_int8(d, [&](int64_t size) { return new_empty(args, a, std::array{size}, ScalarType::Byte); });
   return out;
 }
 

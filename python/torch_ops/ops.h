@@ -1,5 +1,5 @@
 // The operators of block-wise quantization and of the 4-bit product for any device (args.h). Schemas, shape functions and autograd live in
-// Python (bitsandbytes/_ops.py).
+// Python (bitsandbytes/_ops_fourbit.py).
 #pragma once
 
 #include "args.h"
@@ -10,14 +10,14 @@ template <class Device>
 std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a, int64_t blocksize, const Str& quant_type, ScalarType storage) {
   const Args<Device> args("quantize_4bit", a);
   const Tensor x = args.input("A", a);
-  Quantize4bit d{args.quant_type(quant_type), blocksize, args.values("A", x), {}, {}};
+  Quantize4bit d{.type = args.quant_type(quant_type), .blocksize = blocksize, .x = args.values("A", x)};
   args.blocksize(blocksize);
   args.storage("quant_storage", storage);
   const int64_t packed = packed_size(d.x.size);
   const Tensor absmax = new_empty(args, x, std::array{blocks_of(d.x.size, blocksize)}, ScalarType::Float);
   const Tensor out = new_empty(args, x, std::array{blocks_of(packed, item_size(storage)), int64_t{1}}, storage);
   d.codes = mutable_bytes(out);
-  if (std::ssize(d.codes) != packed) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(out.get()));  // for the bytes behind the last code
+  if (std::ssize(d.codes) != packed) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(out.get()));  // for the bytes past the last code
   d.absmax = write<float>(absmax);
   args.device.quantize_4bit(d);
   return {out, absmax};
@@ -181,8 +181,8 @@ Owned gemm_4bit(const Tensor& a, const Tensor& b, const Sizes& shape_b, const Te
   return product.multiply(b, absmax, bias, pointer(absmax_8bit), pointer(absmax_code), pointer(absmax_offset));
 }
 
-// gemm_4bit with one number for the sizes and the format, n << 33 | k << 4 | fp4 << 3 | log2(blocksize / 32): each number that is passed
-// takes a quarter of a microsecond, a list and a string more.
+// gemm_4bit with one number for the sizes and the format, n << 33 | k << 4 | fp4 << 3 | log2(blocksize / 32): each number passed
+// costs about 0.25 us to unbox, a list or a string more.
 template <class Device, class... Nested>
 Owned linear_4bit(const Tensor& a, const Tensor& b, const Tensor& absmax, int64_t layout, const std::optional<Tensor>& bias,
                   const Nested&... nested) {

@@ -1,6 +1,6 @@
 // The operators of the optimizers for any device (args.h): one private operator that steps all tensors of a group, and the two of the
 // released package, which step one. A Device supplies for them
-//   optimizer_step(s, clock, allocate)    clock: null or one int64 on the device, added to every step and then moved on by one
+//   optimizer_step(s, clock, allocate)    clock: null or one int64 on the device, added to every step and then incremented
 #pragma once
 
 #include "args.h"
@@ -18,7 +18,7 @@ template <class Device> struct OptimizerArgs : Args<Device> {
     for (int i = 0; i < kOptimizers; ++i) names.append(i ? ", " : "").append(name(static_cast<Optimizer>(i)));
     this->fail("optimizer_name", std::string("\"").append(given) += '"', "one of " + names);
   }
-  // What is updated where it lies.
+  // A tensor that is updated in place.
   void in_place(std::string_view argument, const Tensor& t) const {
     this->on_device(argument, t);
     if (!t.is_contiguous()) [[unlikely]]
@@ -33,7 +33,7 @@ template <class Device> struct OptimizerArgs : Args<Device> {
     in_place(argument, t);
     return write<float>(t);
   }
-  // A state of either kind.
+  // A state in fp32 or in 8-bit codes.
   void state(std::string_view argument, const Tensor& t, std::span<float>& plain, std::span<uint8_t>& codes) const {
     this->present(argument, t);
     if (type_of(t) != ScalarType::Byte) {
@@ -45,7 +45,7 @@ template <class Device> struct OptimizerArgs : Args<Device> {
   }
 };
 
-// Tensors that live as long as the call beside the core's view of them.
+// The core's view of a call's tensors, and the temporary tensors that must outlive the call.
 template <class Device> struct StepArguments {
   OptimizerArgs<Device>& args;
   Tensors kept;
@@ -81,7 +81,7 @@ template <class Device> struct StepArguments {
     check_sizes(t, codes, state2);
     return t;
   }
-  // A state is flat or has the shape of the parameter; two of it are one behind the other.
+  // A state is flat or has the shape of the parameter; two rows of it follow one another.
   void same_shape(std::string_view argument, const Tensor& state, const Tensor& p, bool doubled) const {
     const auto wanted = sizes(p);
     if (wanted.size() < 2) return;
@@ -90,7 +90,7 @@ template <class Device> struct StepArguments {
     if (given.size() == wanted.size() + doubled && std::ranges::equal(given.last(wanted.size()), wanted)) return;
     args.fail(argument, "of shape " + text(given), (doubled ? "two in front of " : "") + text(wanted) + ", the shape of p");
   }
-  // By the names of this call: those of the core are others.
+  // With the names of this call's arguments, which the core does not know.
   void check_sizes(const OptimizerTensor& t, bool codes, bool second) const {
     const int64_t first = first_states(step.config.rule), blocks = blocks_of(t.p.size, kOptimizerBlock);
     const int64_t elements = args.product("elements of state1", first, t.p.size);
@@ -127,9 +127,23 @@ void optimizer_step(const Str& optimizer_name, const Tensors& p, const Tensors& 
   const size_t n = p.size();
   StepArguments<Device> call(args, optimizer_name, n);
   call.kept.push_back(p.front());
-  auto& c = call.step.config;
-  c = {c.rule,  lr,        beta1,     beta2,      beta3,    alpha,           eps,           weight_decay, t_alpha,
-       t_beta3, max_unorm, dampening, skip_zeros, nesterov, bias_correction, coupled_decay, std::nullopt};
+  OptimizerConfig& c = call.step.config;
+  c = {.rule = c.rule,
+       .lr = lr,
+       .beta1 = beta1,
+       .beta2 = beta2,
+       .beta3 = beta3,
+       .alpha = alpha,
+       .eps = eps,
+       .weight_decay = weight_decay,
+       .t_alpha = t_alpha,
+       .t_beta3 = t_beta3,
+       .max_unorm = max_unorm,
+       .dampening = dampening,
+       .skip_zeros = skip_zeros,
+       .nesterov = nesterov,
+       .bias_correction = bias_correction,
+       .coupled_decay = coupled_decay};
   if (seed) c.seed = static_cast<uint64_t>(*seed);
   const auto count = [&](std::string_view argument, const auto& list) {
     args.equal(argument, std::ssize(list), static_cast<int64_t>(n), "one for each of p");
@@ -177,8 +191,17 @@ void optimizer_update_32bit(const Str& optimizer_name, const Tensor& g, const Te
   OptimizerArgs<Device> args("optimizer_update_32bit", g);
   StepArguments<Device> call(args, optimizer_name, 1);
   call.kept.push_back(p);
-  auto& c = call.step.config;
-  c = {c.rule, lr, beta1, beta2, beta3, alpha, eps, weight_decay, 0, 0, max_unorm, 0, skip_zeros, false, true, false, std::nullopt};
+  OptimizerConfig& c = call.step.config;
+  c = {.rule = c.rule,
+       .lr = lr,
+       .beta1 = beta1,
+       .beta2 = beta2,
+       .beta3 = beta3,
+       .alpha = alpha,
+       .eps = eps,
+       .weight_decay = weight_decay,
+       .max_unorm = max_unorm,
+       .skip_zeros = skip_zeros};
   args.type("state1", state1, ScalarType::Float);
   OptimizerTensor& t = call.add(p, g, state1, state2 ? &*state2 : nullptr, nullptr, nullptr);
   t.step = step;
@@ -201,8 +224,16 @@ void optimizer_update_8bit_blockwise(const Str& optimizer_name, const Tensor& g,
   OptimizerArgs<Device> args("optimizer_update_8bit_blockwise", g);
   StepArguments<Device> call(args, optimizer_name, 1);
   call.kept.push_back(p);
-  auto& c = call.step.config;
-  c = {c.rule, lr, beta1, beta2, beta3, alpha, eps, weight_decay, 0, 0, 0, 0, skip_zeros, false, true, false, std::nullopt};
+  OptimizerConfig& c = call.step.config;
+  c = {.rule = c.rule,
+       .lr = lr,
+       .beta1 = beta1,
+       .beta2 = beta2,
+       .beta3 = beta3,
+       .alpha = alpha,
+       .eps = eps,
+       .weight_decay = weight_decay,
+       .skip_zeros = skip_zeros};
   args.type("state1", state1, ScalarType::Byte);
   OptimizerTensor& t = call.add(p, g, state1, state2 ? &*state2 : nullptr, &absmax1, absmax2 ? &*absmax2 : nullptr);
   t.step = step;
