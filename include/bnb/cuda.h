@@ -20,51 +20,51 @@ namespace bnb::cuda {
 using Stream = void*;  // a cudaStream_t or hipStream_t; null is the default stream
 
 // The devices that can be used; 0 without a GPU or a driver.
-int device_count();
+BNB_API int device_count();
 
-void quantize_4bit(const Quantize4bit&, Stream);
-void dequantize_4bit(const Dequantize4bit&, Stream);
-void quantize_blockwise(const QuantizeBlockwise&, Stream);
-void dequantize_blockwise(const DequantizeBlockwise&, Stream);
+BNB_API void quantize_4bit(const Quantize4bit&, Stream);
+BNB_API void dequantize_4bit(const Dequantize4bit&, Stream);
+BNB_API void quantize_blockwise(const QuantizeBlockwise&, Stream);
+BNB_API void dequantize_blockwise(const DequantizeBlockwise&, Stream);
 
 // Sums are in fp32 and rounded once; the same call gives the same bytes. Exact weights, as dequantize_4bit has them, with `batch_invariant`
 // (then a row of y depends on its row of a alone), for fp32, and where the kernel has them; other kernels multiply values, rounded to a's
 // type after a stretch that makes their error small, and scale the sums of blocks by absmax. docs/NUMERICS.md has the errors. `workspace`
 // is device memory of gemm_4bit_workspace(d) bytes, 256-byte aligned, used until the stream has passed the call; null where 0 bytes are
 // asked for.
-int64_t gemm_4bit_workspace(const Gemm4bit&);
-void gemm_4bit(const Gemm4bit&, void* workspace, Stream);
+BNB_API int64_t gemm_4bit_workspace(const Gemm4bit&);
+BNB_API void gemm_4bit(const Gemm4bit&, void* workspace, Stream);
 // Which kernel does the call on the current device, its configuration and the estimate by which it was chosen.
-std::string describe_gemm_4bit(const Gemm4bit&);
+BNB_API std::string describe_gemm_4bit(const Gemm4bit&);
 
 // LLM.int8(). Codes, scales, bits of outlier columns and products are those of the CPU; a NaN in a product may have other bits.
-void quantize_int8(const QuantizeInt8&, Stream);
-void quantize_columns_int8(const QuantizeColumnsInt8&, Stream);
-void dequantize_int8(const DequantizeInt8&, Stream);
-void dequantize_sums(const DequantizeSums&, Stream);
+BNB_API void quantize_int8(const QuantizeInt8&, Stream);
+BNB_API void quantize_columns_int8(const QuantizeColumnsInt8&, Stream);
+BNB_API void dequantize_int8(const DequantizeInt8&, Stream);
+BNB_API void dequantize_sums(const DequantizeSums&, Stream);
 // `outliers` is a list on the device like all else: columns that do not exist are passed over. Rows of a multiple of 16 bytes at addresses
 // aligned to 16 are fast, others right.
-void gemm_int8(const GemmInt8&, Stream);
-std::string describe_gemm_int8(const GemmInt8&);
+BNB_API void gemm_int8(const GemmInt8&, Stream);
+BNB_API std::string describe_gemm_int8(const GemmInt8&);
 // to[i][c] = x[i][outliers[c]] for the x and outliers of a product; 0 for columns that do not exist.
-void gather_columns(const GemmInt8&, void* to, Stream);
+BNB_API void gather_columns(const GemmInt8&, void* to, Stream);
 // Outlier columns stay on the device: nothing waits for their number. Up to 128 KiB of x take two kernels, more take four steps
 // (clear the bits, quantize, clear columns, multiply). `workspace` as for gemm_4bit.
-int64_t linear_int8_workspace(const LinearInt8&);
-void linear_int8(const LinearInt8&, void* workspace, Stream);
+BNB_API int64_t linear_int8_workspace(const LinearInt8&);
+BNB_API void linear_int8(const LinearInt8&, void* workspace, Stream);
 
 // One step of an optimizer over all tensors: parameters, states, absmax and norms are those of the CPU, byte by byte. With a clock, one
 // int64 on the device, each tensor's step is *clock more, read when the kernels run, and *clock is one more afterwards: so a graph's
 // replays count on. `workspace` as for gemm_4bit, some 250 bytes a tensor, 12 KiB for maps of 8 bits, and up to 2 KiB a tensor with
 // max_unorm. Up to 288 tensors take two kernels, 576 three, one more where there are states of both widths.
-int64_t optimizer_workspace(const OptimizerStep&);
-void optimizer_step(const OptimizerStep&, void* workspace, int64_t* clock, Stream);
-std::string describe_optimizer_step(const OptimizerStep&);
+BNB_API int64_t optimizer_workspace(const OptimizerStep&);
+BNB_API void optimizer_step(const OptimizerStep&, void* workspace, int64_t* clock, Stream);
+BNB_API std::string describe_optimizer_step(const OptimizerStep&);
 
 // Memory that the current device shares with the host, page by page: there may be more of it than the device has. `free_managed` waits for
 // the device. `prefetch_managed` starts moving pages to the current device or to the host, where the device can; nothing else changes.
-void* allocate_managed(int64_t bytes);
-void free_managed(void*);
-void prefetch_managed(const void* from, int64_t bytes, bool to_host, Stream);
+BNB_API void* allocate_managed(int64_t bytes);
+BNB_API void free_managed(void*);
+BNB_API void prefetch_managed(const void* from, int64_t bytes, bool to_host, Stream);
 
 }  // namespace bnb::cuda

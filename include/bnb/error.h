@@ -2,6 +2,8 @@
 // allowed. Nothing is written to any output before all arguments have been checked. The library never prints and never ends the process.
 #pragma once
 
+#include <bnb/export.h>
+
 #include <stdexcept>
 #include <string>
 
@@ -13,7 +15,7 @@ enum class Errc {
   out_of_memory,     // scratch memory could not be had
 };
 
-class Error : public std::runtime_error {
+class BNB_API Error : public std::runtime_error {
  public:
   Error(Errc code, const std::string& message) : std::runtime_error(message), code_(code) {}
   Errc code() const noexcept { return code_; }

@@ -47,6 +47,6 @@ struct Gemm4bit {
   View out = {};        // m * n, of a's type
   bool batch_invariant = false;
 };
-void gemm_4bit(const Gemm4bit&);
+BNB_API void gemm_4bit(const Gemm4bit&);
 
 }  // namespace bnb

@@ -41,7 +41,7 @@ struct QuantizeInt8 {
   std::span<float> scale = {};        // rows
   std::span<uint64_t> outliers = {};  // outlier_words(columns): column j is bit j % 64 of word j / 64; not used without a threshold
 };
-void quantize_int8(const QuantizeInt8&);
+BNB_API void quantize_int8(const QuantizeInt8&);
 
 // The same with a scale for each column; outliers are left out one by one and have code 0.
 struct QuantizeColumnsInt8 {
@@ -51,7 +51,7 @@ struct QuantizeColumnsInt8 {
   std::span<int8_t> codes = {};  // rows * columns
   std::span<float> scale = {};   // columns
 };
-void quantize_columns_int8(const QuantizeColumnsInt8&);
+BNB_API void quantize_columns_int8(const QuantizeColumnsInt8&);
 
 // x' = fl(fl(code * scale[row]) / 127) in fp32, rounded once to the output's type; the division is a product with fl(1 / 127).
 struct DequantizeInt8 {
@@ -60,7 +60,7 @@ struct DequantizeInt8 {
   std::span<const float> scale = {};   // rows
   View out = {};                       // rows * columns
 };
-void dequantize_int8(const DequantizeInt8&);
+BNB_API void dequantize_int8(const DequantizeInt8&);
 
 // What becomes of the int32 sums of a product: y = (sum * (column[j] / 127^2)) * row[i] + outliers + bias[j], each step in fp32.
 struct Int8Epilogue {
@@ -76,7 +76,7 @@ struct DequantizeSums {
   std::span<const int32_t> sums = {};  // m * n
   Int8Epilogue to = {};
 };
-void dequantize_sums(const DequantizeSums&);
+BNB_API void dequantize_sums(const DequantizeSums&);
 
 // a * b^T, rows along k as stored; k up to kMaxInt8Depth. Reads (m + n) * k bytes; work: 2 m n k operations.
 struct GemmInt8 {
@@ -88,7 +88,7 @@ struct GemmInt8 {
   ConstView x = {};                        // m * k: what a was quantized from, read where there are outlier columns
   std::span<const int64_t> outliers = {};  // ascending; adds x[i][c] * (b[j][c] * (column_scale[j] / 127)) for each column c of these
 };
-void gemm_int8(const GemmInt8&);
+BNB_API void gemm_int8(const GemmInt8&);
 
 // y = x * W^T + bias for a W in int8: quantize_int8 and gemm_int8 in one call, in scratch memory of the library.
 struct LinearInt8 {
@@ -100,6 +100,6 @@ struct LinearInt8 {
   ConstView bias = {};                       // n elements, of any type; empty: none
   View out = {};                             // m * n
 };
-void linear_int8(const LinearInt8&);
+BNB_API void linear_int8(const LinearInt8&);
 
 }  // namespace bnb

@@ -36,8 +36,8 @@ namespace bnb {
 
 enum class Optimizer : uint8_t { adam, lamb, ademamix, lion, momentum, lars, rmsprop, adagrad };
 inline constexpr int kOptimizers = 8;
-std::string_view name(Optimizer);
-std::optional<Optimizer> optimizer_of(std::string_view name);
+BNB_API std::string_view name(Optimizer);
+BNB_API std::optional<Optimizer> optimizer_of(std::string_view name);
 
 inline constexpr int64_t kOptimizerBlock = 256;
 
@@ -77,6 +77,6 @@ struct OptimizerStep {
   std::span<const OptimizerTensor> tensors = {};
   std::span<const float> code1 = {}, code2 = {};  // 256 ascending values each, where states have 8 bits
 };
-void optimizer_step(const OptimizerStep&);
+BNB_API void optimizer_step(const OptimizerStep&);
 
 }  // namespace bnb

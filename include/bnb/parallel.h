@@ -3,6 +3,8 @@
 // a core, since waking one takes longer than a small product does.
 #pragma once
 
+#include <bnb/export.h>
+
 #include <cstdint>
 
 namespace bnb {
@@ -12,11 +14,12 @@ namespace bnb {
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, void* context);
 
-void set_parallel_for(ParallelFor);  // nullptr: back to the pool of the library. Not to be called while an operation runs.
+// nullptr: back to the pool of the library. Not to be called while an operation runs.
+BNB_API void set_parallel_for(ParallelFor);
 
 // Threads of the library's own pool, the caller's among them; 0: BNB_NUM_THREADS, or as many as the machine has. May be called at any time,
 // also while an operation runs, which goes on with the threads it has. Where the system gives fewer threads, fewer do the work. A child of
 // fork() makes threads of its own.
-void set_num_threads(int);
+BNB_API void set_num_threads(int);
 
 }  // namespace bnb

@@ -34,7 +34,7 @@ struct Quantize4bit {
   std::span<uint8_t> codes = {};  // packed_size(n)
   std::span<float> absmax = {};   // blocks_of(n, blocksize)
 };
-void quantize_4bit(const Quantize4bit&);
+BNB_API void quantize_4bit(const Quantize4bit&);
 
 struct Dequantize4bit {
   QuantType type = QuantType::nf4;
@@ -43,7 +43,7 @@ struct Dequantize4bit {
   std::span<const float> absmax = {};   // blocks_of(n, blocksize)
   View out = {};                        // n elements
 };
-void dequantize_4bit(const Dequantize4bit&);
+BNB_API void dequantize_4bit(const Dequantize4bit&);
 
 // `code` holds 256 values in ascending order. The nearest one is taken by t against the fp32 midpoints of neighbours; a tie goes to the
 // even code number. 0.0 in a map that contains 0.0 stays 0.0.
@@ -54,7 +54,7 @@ struct QuantizeBlockwise {
   std::span<uint8_t> codes = {};     // n
   std::span<float> absmax = {};      // blocks_of(n, blocksize)
 };
-void quantize_blockwise(const QuantizeBlockwise&);
+BNB_API void quantize_blockwise(const QuantizeBlockwise&);
 
 // `code` need not be sorted here.
 struct DequantizeBlockwise {
@@ -64,6 +64,6 @@ struct DequantizeBlockwise {
   std::span<const float> absmax = {};   // blocks_of(n, blocksize)
   View out = {};                        // n elements
 };
-void dequantize_blockwise(const DequantizeBlockwise&);
+BNB_API void dequantize_blockwise(const DequantizeBlockwise&);
 
 }  // namespace bnb

@@ -42,9 +42,9 @@ def _version() -> str:
         return importlib.metadata.version("bitsandbytes")
     except importlib.metadata.PackageNotFoundError:
         # Not installed but on the path. In a source tree: what the installed one would be made from.
-        project = Path(__file__).parents[2] / "pyproject.toml"
-        text = project.read_text() if project.is_file() else ""
-        found = re.search(r'^version = "(.+?)"', text, re.MULTILINE)
+        header = Path(__file__).parents[2] / "include" / "bnb" / "version.h"
+        text = header.read_text() if header.is_file() else ""
+        found = re.search(r'^#define BNB_VERSION "(.+?)"', text, re.MULTILINE)
         return found[1] if found else "0+unknown"
 
 

@@ -1,12 +1,15 @@
 """The build backend: what an installation from source downloads."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import bitsandbytes
 
 PROJECT = Path(__file__).parents[2]
 BACKEND = PROJECT / "python" / "packaging"
@@ -37,6 +40,16 @@ def test_torch_is_asked_for_only_where_there_is_none(backend, monkeypatch, kind)
     assert not any(name.startswith("torch") for name in requires())
     monkeypatch.setattr(backend, "torch_folder", lambda: None)
     assert "torch>=2.10" in requires()
+
+
+def test_there_is_one_version(backend, tmp_path):
+    """That of the header, in its parts too, is the package's, here and in a wheel."""
+    header = dict(re.findall(r'#define BNB_VERSION(\w*) "?([^"\n]+)', (PROJECT / "include/bnb/version.h").read_text()))
+    parts = ".".join(header[f"_{part}"] for part in ("MAJOR", "MINOR", "PATCH"))
+    assert header[""].startswith(f"{parts}+cpp.") and parts == "0.50.2"
+    assert bitsandbytes.__version__ == header[""]
+    folder = backend.prepare_metadata_for_build_wheel(str(tmp_path))
+    assert f"\nVersion: {header['']}\n" in (tmp_path / folder / "METADATA").read_text()
 
 
 def test_a_build_without_cmake_is_refused_with_what_to_set_instead(backend, monkeypatch):
