@@ -15,7 +15,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from ._ops import SCHEMAS, read_linear_4bit_layout
+from ._ops import SCHEMAS
+from ._ops_fourbit import Gemm4bit, Gemv4bit, read_linear_4bit, weight_of_gemm_4bit, weight_of_gemv_4bit
 from ._ops_int8 import as_rows
 
 _ops = torch.ops.bitsandbytes
@@ -29,45 +30,26 @@ def derivatives_wanted() -> bool:
     return _functorch_active() or forward_ad._current_level >= 0
 
 
-def _weight_of_gemm_4bit(
-    dtype: torch.dtype,
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    if absmax_8bit is not None:
-        assert absmax_code is not None and absmax_offset is not None  # the product checked it
-        absmax = _ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
-    return _ops.dequantize_4bit.default(B, absmax, blocksize, quant_type, shape, dtype)
+def _weight_of_gemm_4bit(dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
+    return weight_of_gemm_4bit(Gemm4bit(*args), dtype)
 
 
-def _weight_of_linear_4bit(dtype: torch.dtype, B: Tensor, absmax: Tensor, layout: int, *rest: Any) -> Tensor:
-    shape, blocksize, quant_type = read_linear_4bit_layout(layout)
-    return _weight_of_gemm_4bit(dtype, B, shape, absmax, blocksize, quant_type, *rest)
+def _weight_of_linear_4bit(dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
+    return weight_of_gemm_4bit(read_linear_4bit(*args), dtype)
 
 
-def _weight_of_gemv_4bit(
-    dtype: torch.dtype, B: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
-) -> Tensor:
-    packed = B.contiguous().view(torch.uint8).view(-1)[: (shape[0] * shape[1] + 1) // 2].int()
-    values = code.view(-1)[torch.stack((packed >> 4, packed & 15), 1).view(-1)[: shape[0] * shape[1]]]
-    scale = absmax.view(-1).repeat_interleave(blocksize)[: values.numel()]
-    return (values * scale).to(dtype).view(shape[0], shape[1])
+def _weight_of_gemv_4bit(dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
+    return weight_of_gemv_4bit(Gemv4bit(*args), dtype)
 
 
-def _weight_of_int8_linear(dtype: torch.dtype, CB: Tensor, SCB: Tensor, *rest: Any) -> Tensor:
+def _weight_of_int8_linear(dtype: torch.dtype, args: Sequence[Any]) -> Tensor:
+    _, CB, SCB, *_ = args
     return _ops.int8_vectorwise_dequant.default(CB, SCB).to(dtype)
 
 
-# Operators A @ W^T + bias whose first argument is A: how to make W of the others, and which of all of them is bias.
-_PRODUCTS: dict[str, tuple[Callable[..., Tensor], int | None]] = {
-    "gemm_4bit": (_weight_of_gemm_4bit, 6),
+# Operators A @ W^T + bias whose first argument is A: how to make W of their arguments, and which of them is bias.
+_PRODUCTS: dict[str, tuple[Callable[[torch.dtype, Sequence[Any]], Tensor], int | None]] = {
+    "gemm_4bit": (_weight_of_gemm_4bit, Gemm4bit._fields.index("bias")),
     "gemv_4bit": (_weight_of_gemv_4bit, None),
     "linear_4bit": (_weight_of_linear_4bit, 4),
     "linear_4bit.nested": (_weight_of_linear_4bit, 4),
@@ -115,7 +97,7 @@ class _Rule(torch.autograd.function._SingleLevelFunction):
                 if i == bias:
                     found[i] = as_rows(grad).sum(0, dtype=args[i].dtype).view(args[i].shape)
                 else:
-                    found[i] = (as_rows(grad) @ weight_of(grad.dtype, *args[1:])).view(args[i].shape)
+                    found[i] = (as_rows(grad) @ weight_of(grad.dtype, args)).view(args[i].shape)
         return None, None, *found
 
     @staticmethod
@@ -124,7 +106,7 @@ class _Rule(torch.autograd.function._SingleLevelFunction):
         given = [i for i, t in enumerate(tangents[2:]) if isinstance(t, Tensor)]
         rule.refuse("tangent", given)
         weight_of, bias = _PRODUCTS[rule.name]
-        A, weight = args[0], weight_of(args[0].dtype, *args[1:])
+        A, weight = args[0], weight_of(args[0].dtype, args)
         tangent = A.new_zeros((*A.shape[:-1], weight.shape[0]))
         for i in given:
             t = tangents[2 + i].to(A.dtype)

@@ -6,6 +6,7 @@ A field that is a NamedTuple itself stands for its fields. What the operator wri
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T", bound=tuple[Any, ...])
@@ -13,6 +14,7 @@ T = TypeVar("T", bound=tuple[Any, ...])
 _TYPES = {
     str: "str", bool: "bool", int: "int", float: "float", int | None: "int?", Tensor: "Tensor",
     Tensor | None: "Tensor?", Sequence[Tensor]: "Tensor[]", Sequence[int]: "int[]", Sequence[float]: "float[]",
+    torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?",
 }  # fmt: skip
 
 
@@ -40,8 +42,9 @@ def _arguments(fields: type) -> Iterator[str]:
             yield f"{text} {name}"
 
 
-def schema_of(fields: type, returns: str = "()") -> str:
-    return f"({', '.join(_arguments(fields))}) -> {returns}"
+def schema_of(fields: type, returns: str = "()", *more: str) -> str:
+    """`more`: arguments past the fields, as a schema writes them."""
+    return f"({', '.join((*_arguments(fields), *more))}) -> {returns}"
 
 
 def gather(fields: type[T], arguments: Sequence[Any]) -> T:

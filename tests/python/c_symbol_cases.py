@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import bitsandbytes.functional as F
-from bitsandbytes.backends.utils import nearest_codes
+from bitsandbytes._codes import nearest_codes
 
 ops: Any = torch.ops.bitsandbytes
 ptr = F.get_ptr

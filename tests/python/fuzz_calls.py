@@ -19,7 +19,7 @@ import torch
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
-from bitsandbytes._ops import linear_4bit_layout
+from bitsandbytes._ops_fourbit import linear_4bit_layout
 
 DTYPES = [
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64),

@@ -10,7 +10,7 @@ import torch
 from test_ops import is_product, nested, opcheck_cases, overload, registered, weight
 from test_quantize import LAYOUTS, MAPS, SPECIAL
 
-from bitsandbytes._ops import linear_4bit_layout
+from bitsandbytes._ops_fourbit import linear_4bit_layout
 
 ops = torch.ops.bitsandbytes
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)

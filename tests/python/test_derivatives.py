@@ -16,7 +16,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
-from bitsandbytes._ops import SCHEMAS, linear_4bit_layout
+from bitsandbytes._ops import SCHEMAS
+from bitsandbytes._ops_fourbit import linear_4bit_layout
 
 ops = torch.ops.bitsandbytes
 N, K = 8, 32

@@ -11,7 +11,7 @@ import reference as ref
 import torch
 
 import bitsandbytes.functional as F
-from bitsandbytes._ops import linear_4bit_layout
+from bitsandbytes._ops_fourbit import linear_4bit_layout
 
 ops = torch.ops.bitsandbytes
 

@@ -13,8 +13,8 @@ import torch
 from test_default_backend import on_other_device
 
 import bitsandbytes.functional as F
+from bitsandbytes._codes import philox
 from bitsandbytes._ops_optim import RULES, SCHEMAS, TWO_STATES
-from bitsandbytes.backends.default.stochastic import philox
 
 ops = torch.ops.bitsandbytes
 every_rule = pytest.mark.parametrize("rule", RULES)

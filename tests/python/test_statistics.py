@@ -325,7 +325,7 @@ def operator_calls() -> dict[str, tuple[list[Any], dict[int, str]]]:
     second = nested.state2
     product = [x, packed, [n, k], state.absmax, 64, "nf4", None, None, None, None]
     of_nested = [x, nested_packed, [n, k], second.absmax, 64, "nf4", None, nested.absmax, second.code, nested.offset]
-    layout = bnb._ops.linear_4bit_layout((n, k), 64, "nf4")
+    layout = bnb._ops_fourbit.linear_4bit_layout((n, k), 64, "nf4")
     whole = [packed, state.absmax, 64, "nf4", [n, k], torch.float32]
     blockwise = [codes, state8.absmax, state8.code, 100, torch.float32]
     vector = [x, packed, [n, k], state.absmax, state.code, 64]

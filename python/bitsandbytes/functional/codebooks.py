@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks as check
-from ..backends.utils import CODE
+from .._codes import CODE
 
 name2qmap: dict[str, torch.Tensor] = {}  # "dynamic": the signed dynamic map on the CPU, made on first use
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backends.utils import nearest_codes
+from .._codes import nearest_codes
 from .blockwise import _as_code, _dynamic_map, fill
 
 

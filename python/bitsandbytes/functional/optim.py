@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import deprecated
 
 from .. import _checks as check
+from .._codes import state_codes
 from .._ops_optim import (
     RULES,
     TWO_STATES,
@@ -18,7 +19,6 @@ from .._ops_optim import (
     check_update_32bit,
     is_root,
 )
-from ..backends.default.optim import state_codes
 
 _ops = torch.ops.bitsandbytes
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import _checks as check
-from .._ops import check_packed, linear_4bit_layout
+from .._ops_fourbit import check_packed, linear_4bit_layout
 from ..utils import pack_dict_to_tensor
 from .state_items import Items
 

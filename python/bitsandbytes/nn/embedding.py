@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional as F
-from .._ops import check_packed
+from .._ops_fourbit import check_packed
 from ..functional.blockwise import scales
 from ..functional.cpu_layout import stored
 from ..optim import GlobalOptimManager

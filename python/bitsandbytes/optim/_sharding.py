@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .._checks import blocks
+from .._codes import state_codes
 from .._ops_optim import BLOCK, TWO_STATES, first_states, is_root
-from ..backends.default.optim import state_codes
 from ._place import Place, is_sharded, local_part, places_of
 
 State = dict[str, Any]

@@ -1,5 +1,5 @@
 """Every operator in plain torch, for any device that has no kernel of its own."""
 
-from . import int8, ops, optim
+from . import fourbit, int8, ops, optim
 
-__all__ = ["int8", "ops", "optim"]
+__all__ = ["fourbit", "int8", "ops", "optim"]

@@ -1,18 +1,24 @@
 """The operators of LLM.int8() in plain torch, for any device that has no kernel of its own (docs/NUMERICS.md)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import _checks as check
 from ..._ops_int8 import (
+    Linear,
+    MixedScaledMm,
+    MmDequant,
+    ScaledMm,
     as_rows,
     check_dequant,
-    check_epilogue,
     check_linear,
     check_matmul,
     check_mixed,
     check_mm_dequant,
     check_quant,
+    check_scaled_mm,
 )
 from ..utils import default_kernel
 
@@ -69,7 +75,7 @@ def _outlier_product(x: Tensor, CB: Tensor, SCB: Tensor, columns: Tensor | None)
     return x[:, columns].float() @ (CB[:, columns].float() * (SCB.view(-1, 1) * (1 / 127))).t()
 
 
-def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+def _epilogue(y: Tensor, bias: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
     """Adds the bias and rounds once."""
     y = y if bias is None else y + bias.reshape(-1).float()
     return y.to(dtype).view(*like.shape[:-1], y.shape[1])
@@ -113,48 +119,37 @@ def _(A: Tensor, B: Tensor, out: Tensor) -> None:
 
 
 @default_kernel("bitsandbytes::int8_mm_dequant")
-def _(
-    A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
-) -> Tensor:
-    dtype = check_mm_dequant(A, row_stats, col_stats, dtype, bias)
-    return _finish(_dequantize_sums(as_rows(A), row_stats, col_stats), bias, dtype, A)
+def _(*arguments: Any) -> Tensor:
+    d = MmDequant(*arguments)
+    dtype = check_mm_dequant(d)
+    return _epilogue(_dequantize_sums(as_rows(d.A), d.row_stats, d.col_stats), d.bias, dtype, d.A)
 
 
 @default_kernel("bitsandbytes::int8_scaled_mm")
-def _(
-    A: Tensor,
-    B: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    check_matmul("int8_scaled_mm", A, B)
-    dtype = check_epilogue("int8_scaled_mm", A, B.shape[0], row_stats, col_stats, dtype, bias)
-    return _finish(_dequantize_sums(_sums(as_rows(A), B), row_stats, col_stats), bias, dtype, A)
+def _(*arguments: Any) -> Tensor:
+    d = ScaledMm(*arguments)
+    dtype = check_scaled_mm(d)
+    y = _dequantize_sums(_sums(as_rows(d.A), d.B), d.row_stats, d.col_stats)
+    return _epilogue(y, d.bias, dtype, d.A)
 
 
 @default_kernel("bitsandbytes::int8_mixed_scaled_mm")
-def _(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    SCA: Tensor,
-    SCB: Tensor,
-    outlier_cols: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    check_mixed(A, CA, CB, SCA, SCB, outlier_cols, bias)
-    y = _dequantize_sums(_sums(as_rows(CA), CB), SCA, SCB) + _outlier_product(as_rows(A), CB, SCB, outlier_cols)
-    return _finish(y, bias, A.dtype, A), None if outlier_cols is None else A[..., outlier_cols].contiguous()
+def _(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    d = MixedScaledMm(*arguments)
+    check_mixed(d)
+    y = _dequantize_sums(_sums(as_rows(d.CA), d.CB), d.SCA, d.SCB)
+    y = y + _outlier_product(as_rows(d.A), d.CB, d.SCB, d.outlier_cols)
+    subset = None if d.outlier_cols is None else d.A[..., d.outlier_cols].contiguous()
+    return _epilogue(y, d.bias, d.A.dtype, d.A), subset
 
 
-def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, threshold: float = 0.0) -> Tensor:
-    check_linear(A, CB, SCB, bias, threshold)
-    x = as_rows(A).float()
-    codes, scale, columns = _quantize_rows(x, _outliers(x, threshold))
-    y = _dequantize_sums(_sums(codes, CB), scale, SCB) + _outlier_product(x, CB, SCB, columns)
-    return _finish(y, bias, A.dtype, A)
+def int8_linear(*arguments: Any) -> Tensor:
+    d = Linear(*arguments)
+    check_linear(d)
+    x = as_rows(d.A).float()
+    codes, scale, columns = _quantize_rows(x, _outliers(x, d.threshold))
+    y = _dequantize_sums(_sums(codes, d.CB), scale, d.SCB) + _outlier_product(x, d.CB, d.SCB, columns)
+    return _epilogue(y, d.bias, d.A.dtype, d.A)
 
 
 for _name in ("int8_linear", "int8_linear.forward"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks as check
+from ..._codes import rounded_stochastically, state_codes
 from ..._ops_optim import (
     BLOCK,
     MOMENTUM,
@@ -34,8 +35,7 @@ from ..._ops_optim import (
     numbers_of,
 )
 from ..._schemas import gather
-from ..utils import default_kernel, nearest_codes
-from .stochastic import rounded_stochastically
+from ..utils import default_kernel
 
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -146,18 +146,6 @@ def _direction(c: Config, h: Hyper, g: Tensor, s: list[Tensor]) -> tuple[Tensor,
 
 def _blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-
-
-def state_codes(x: Tensor, absmax: Tensor, qmap: Tensor, is_root: bool) -> Tensor:
-    """The codes of blocks, the last dimension of x. A first moment below 0 never gets the code of 0, nor does a second
-    moment (`is_root`) above 0."""
-    codes = nearest_codes(x * (1 / absmax.clamp(min=1e-38))[..., None], qmap)
-    values = qmap[codes.int()]
-    if is_root:
-        above = qmap[(codes.int() + 1).clamp(max=check.CODES - 1)]
-        return codes + ((x > 0) & (values <= 0) & (above > 0)).to(torch.uint8)
-    below = qmap[(codes.int() - 1).clamp(min=0)]
-    return codes - ((x < 0) & (values >= 0) & (below < 0)).to(torch.uint8)
 
 
 class _State:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ... import _checks as check
 from ... import functional as F
+from ..._codes import nearest_codes
 from ..._ops_int8 import as_rows
 from ...autograd._functions import MatmulLtState, matmul
-from ...backends.utils import nearest_codes
 from ...functional.blockwise import fill
 
 
