@@ -135,7 +135,7 @@ def spmm_coo_very_sparse(
     """cooA @ B for a dense B [cols, N] of floats, or of int8 codes with one scale per column in dequant_stats.
 
     Args:
-        dequant_stats: N fp32 scales: B[k][j] stands for B[k][j] * dequant_stats[j] / 127.
+        dequant_stats: N fp32 scales; a code of column j stands for code * dequant_stats[j] / 127.
 
     Raises:
         ValueError, TypeError: a wrong argument, which the message names.
