@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import reference as ref
@@ -332,3 +334,25 @@ def test_hundred_million_random_floats() -> None:
             np.testing.assert_array_equal(absmax.numpy(), expected_absmax)
         codes, _ = ops.quantize_blockwise(x, code, blocksize)
         np.testing.assert_array_equal(codes.numpy(), ref.quantize8(ref.floats(x), code.numpy(), blocksize)[0])
+
+
+@pytest.mark.parametrize("kind", ["fp4", "nf4"])
+def test_functions_of_one_format_are_the_general_ones_with_it_fixed(kind: str) -> None:
+    """By position and by name; what is fixed, too many or unknown is refused."""
+    x = torch.randn(64, 8)
+    quantize, dequantize = (getattr(F, f"{what}_{kind}") for what in ("quantize", "dequantize"))
+    assert pickle.loads(pickle.dumps(quantize)) is quantize
+    wanted, state = F.quantize_4bit(x, None, None, 128, True, kind, torch.bfloat16)
+    for packed, found in (
+        quantize(x, None, None, 128, True, torch.bfloat16),
+        quantize(A=x, blocksize=128, compress_statistics=True, quant_storage=torch.bfloat16),
+    ):
+        assert torch.equal(packed.view(torch.uint8), wanted.view(torch.uint8)) and packed.dtype == torch.bfloat16
+        assert found.quant_type == kind and found.blocksize == 128 and found.nested
+    assert torch.equal(dequantize(wanted, state), F.dequantize_4bit(wanted, state))
+    out = torch.empty(64, 8)
+    packed, state = quantize(x)
+    assert torch.equal(dequantize(packed, None, state.absmax, out), F.dequantize_4bit(packed, state)) and out.any()
+    for args, options in (((x, None, None, 64, True, torch.uint8, 1), {}), ((x,), {"quant_type": kind}), ((), {})):
+        with pytest.raises(TypeError):
+            quantize(*args, **options)

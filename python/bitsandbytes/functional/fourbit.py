@@ -5,6 +5,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .. import _checks as check
+from .._variants import fixed_function
 from .blockwise import fill, nest, scales
 from .codebooks import get_4bit_type
 from .cpu_layout import stored
@@ -112,50 +113,10 @@ def dequantize_4bit(
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 and result.dim() == 2 else result
 
 
-def quantize_fp4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
-    """quantize_4bit to FP4."""
-    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
-
-
-def quantize_nf4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
-    """quantize_4bit to NF4."""
-    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
-
-
-def dequantize_fp4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-) -> Tensor:
-    """dequantize_4bit from FP4."""
-    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
-
-
-def dequantize_nf4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-) -> Tensor:
-    """dequantize_4bit from NF4."""
-    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+quantize_fp4 = fixed_function(quantize_4bit, "quantize_fp4", "quantize_4bit to FP4.", quant_type="fp4")
+quantize_nf4 = fixed_function(quantize_4bit, "quantize_nf4", "quantize_4bit to NF4.", quant_type="nf4")
+dequantize_fp4 = fixed_function(dequantize_4bit, "dequantize_fp4", "dequantize_4bit from FP4.", quant_type="fp4")
+dequantize_nf4 = fixed_function(dequantize_4bit, "dequantize_nf4", "dequantize_4bit from NF4.", quant_type="nf4")
 
 
 def gemm_4bit(

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _checks as check
 from .. import functional as F
 from .._ops_fourbit import check_packed
+from .._variants import fixed
 from ..functional.blockwise import scales
 from ..functional.cpu_layout import stored
 from ..optim import GlobalOptimManager
@@ -184,26 +185,10 @@ class Embedding4bit(torch.nn.Embedding):
 class EmbeddingFP4(Embedding4bit):
     """Embedding4bit with an FP4 table."""
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)
+    __init__ = fixed(Embedding4bit, quant_type="fp4")
 
 
 class EmbeddingNF4(Embedding4bit):
     """Embedding4bit with an NF4 table."""
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device)
+    __init__ = fixed(Embedding4bit, quant_type="nf4")

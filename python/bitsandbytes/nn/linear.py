@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._derivatives import derivatives_wanted
+from .._variants import fixed
 from ..autograd._functions import MatMul4Bit
 from ..functional import QuantState
 from ..functional.cpu_layout import stored
@@ -247,34 +248,10 @@ class Linear4bit(torch.nn.Linear):
 class LinearFP4(Linear4bit):
     """Linear4bit with FP4 weights."""
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-    ) -> None:
-        super().__init__(
-            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
-        )
+    __init__ = fixed(Linear4bit, quant_type="fp4")
 
 
 class LinearNF4(Linear4bit):
     """Linear4bit with NF4 weights: quantiles of the normal distribution, which most weights follow."""
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-    ) -> None:
-        super().__init__(
-            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
-        )
+    __init__ = fixed(Linear4bit, quant_type="nf4")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ._variants import fixed, no_amsgrad
+from .._variants import fixed, no_amsgrad
 from .optimizer import Optimizer2State
 
 

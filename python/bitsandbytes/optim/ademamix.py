@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from ._variants import fixed
+from .._variants import fixed
 from .optimizer import Optimizer2State
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ._variants import fixed
+from .._variants import fixed
 from .optimizer import Optimizer1State
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ._variants import fixed
+from .._variants import fixed
 from .optimizer import Optimizer1State
 
 
