@@ -19,6 +19,7 @@ html_title = project
 root_doc = "docs/index"
 include_patterns = ["docs/**", "CONTRIBUTING.md", "CHANGELOG.md", "src/*/README.md", "bench/results/*.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+smartquotes = False  # "nf4" is what one types
 html_theme = "furo"
 html_copy_source = False
 html_show_copyright = False
@@ -36,8 +37,7 @@ def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
     """Docstrings are plain text: |x| is a magnitude, * a product, and `x` is code."""
     for i, line in enumerate(lines):
         parts = re.split(r"(`[^`]+`)", line)
-        parts = [f"`{p}`" if p.startswith("`") else re.sub(r"([|*\\]|(?<=\w)_(?!\w))", r"\\\1", p) for p in parts]
-        lines[i] = "".join(parts)
+        lines[i] = "".join(f"`{p}`" if p.startswith("`") else re.sub(r"([|*\\_])", r"\\\1", p) for p in parts)
 
 
 def add_headers(app: Any, docname: str, content: list[str]) -> None:

@@ -75,7 +75,7 @@ def all_blocks(language: str) -> list[Block]:
 
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
-    kinds = {"python", "bash", "cpp", "cmake", "text", *DIRECTIVES}
+    kinds = {"python", "bash", "c", "cpp", "cmake", "text", *DIRECTIVES}
     for page in [*TEXTS, *PAGES]:
         for block in blocks(page):
             assert block.language in kinds, f"{block}: a block of {block.language!r}, expected one of {sorted(kinds)}"
@@ -115,21 +115,36 @@ def test_python(page: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest
             torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("block", all_blocks("cpp"), ids=str)
+@pytest.mark.parametrize("block", all_blocks("cpp") + all_blocks("c"), ids=str)
 def test_cpp(block: Block, tmp_path: Path) -> None:
     """A program compiles, runs and prints what the page shows."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not LIBRARY.is_file():
         pytest.skip(f"no C++ compiler, or no {LIBRARY.relative_to(ROOT)} (./dev build makes it)")
-    source, program = tmp_path / "program.cpp", tmp_path / "program"
+    source, compiled, program = tmp_path / f"program.{block.language}", tmp_path / "program.o", tmp_path / "program"
     source.write_text(block.code)
-    command = [compiler, "-std=c++20", "-Wall", "-Werror", f"-I{ROOT / 'include'}", str(source), str(LIBRARY)]
-    built = subprocess.run([*command, "-pthread", "-o", str(program)], capture_output=True, text=True)
-    assert built.returncode == 0, f"{block}: {built.stderr}"
+    standard = ["-std=c++20"]
+    if block.language == "c":
+        standard = ["-x", "c", "-std=c99", "-pedantic"]
+    command = [compiler, *standard, "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'include'}"]
+    for step in (
+        [*command, "-c", str(source), "-o", str(compiled)],
+        [compiler, str(compiled), str(LIBRARY), "-pthread", "-o", str(program)],
+    ):
+        built = subprocess.run(step, capture_output=True, text=True)
+        assert built.returncode == 0, f"{block}: {built.stderr}"
     ran = subprocess.run([str(program)], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert ran.returncode == 0, f"{block}: {ran.stderr}"
     if block.output is not None:
         assert ran.stdout == block.output
+
+
+@pytest.mark.parametrize("block", all_blocks("cmake"), ids=str)
+def test_cmake(block: Block) -> None:
+    """What tests/package/check_package.py installs, builds and runs has the same lines."""
+    built = (ROOT / "tests" / "package" / "app" / "CMakeLists.txt").read_text().splitlines()
+    for line in block.code.splitlines():
+        assert line in built, f"{block}: {line!r} is not in tests/package/app/CMakeLists.txt"
 
 
 # What is not run: it would install, build or test for minutes, or needs a GPU. It is parsed, and what it names exists.

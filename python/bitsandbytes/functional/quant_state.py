@@ -47,8 +47,8 @@ class QuantState:
         blocksize: elements per scale.
         quant_type: "nf4", "fp4" or, for 8 bits, None.
         dtype: of the tensor that was quantized, and of what dequantizing returns.
-        offset, state2, nested: double quantization (QLoRA, arXiv 2305.14314, section 3):
-            scales = state2.code[absmax] * state2.absmax of its block of 256 + offset.
+        nested: the scales are quantized too ("double quantization", QLoRA, arXiv 2305.14314, section 3), so that
+            they are state2.code[absmax] * state2.absmax of its block of 256 + offset.
     """
 
     linear_layout: int | None = None  # shape, blocksize and quant_type as linear_4bit takes them
