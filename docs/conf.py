@@ -17,7 +17,8 @@ import headers
 project = "bitsandbytes in C++"
 html_title = project
 root_doc = "docs/index"
-include_patterns = ["docs/**", "CONTRIBUTING.md", "CHANGELOG.md", "src/*/README.md", "bench/results/*.md"]
+include_patterns = ["docs/**", "CONTRIBUTING.md", "CHANGELOG.md", "**/README.md", "bench/results/*.md"]
+exclude_patterns = ["README.md", "build/**", "dist/**", ".*/**"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 smartquotes = False  # "nf4" is what one types
 html_theme = "furo"
