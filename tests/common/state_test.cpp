@@ -1,9 +1,21 @@
 // Quantized tensors that own their memory, and their form in a checkpoint.
+#include <array>
+
 #include "cases/cases.h"
 #include "common/json.h"
 
 namespace bnb::test {
 namespace {
+
+// Any contiguous range of elements is a view; only one that can be written and stays is a View.
+template <class From, class To> constexpr bool kConverts = std::is_convertible_v<From, To>;
+static_assert(kConverts<std::vector<float>&, View> && kConverts<std::array<BFloat16, 4>&, View> && kConverts<Half (&)[4], View>);
+static_assert(kConverts<std::span<float>, View> && kConverts<std::span<float, 4>, View>);
+static_assert(kConverts<std::vector<Half>, ConstView> && kConverts<const std::vector<float>&, ConstView>);
+static_assert(kConverts<const float (&)[4], ConstView> && kConverts<std::span<const float>, ConstView> && kConverts<View, ConstView>);
+static_assert(!kConverts<std::vector<float>, View> && !kConverts<const std::vector<float>&, View> &&
+              !kConverts<std::span<const float>, View>);
+static_assert(!kConverts<std::vector<double>&, ConstView> && !kConverts<std::vector<int>&, View> && !kConverts<ConstView, View>);
 
 std::vector<ConstItem> views(const std::vector<Item>& items) { return {items.begin(), items.end()}; }
 std::string text_of(const Item& item) { return {reinterpret_cast<const char*>(item.bytes.data()), item.bytes.size()}; }
