@@ -1,12 +1,11 @@
-"""The optimizers' common part: states in 32 or 8 bits, options of single parameters, files, and one call a group."""
+"""The optimizers' common part: states in 32 or 8 bits, options of single parameters, files, and one call per group."""
 
 from __future__ import annotations
 
-import math
 import operator
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,10 +14,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _checks as check
-from .._ops_optim import MOMENTUM, TWO_STATES, Numbers, check_numbers, first_states
+from .._ops_optim import Numbers, check_numbers
 from ..functional.codebooks import create_dynamic_map
 from ..functional.optim import HISTORY
-from ..functional.paged import paged_strided, prefetch_tensor
+from ..functional.paged import prefetch_tensor
 from ._batch import Batch, State, batches_of, same
 from ._file_states import FileStates
 from ._manager import GlobalOptimManager
@@ -26,9 +25,9 @@ from ._place import local_part
 from ._sharded_files import make_whole, part_of
 from ._sharding import Sharding
 from ._state_dict import QUANT_STATE_KEY, check_key, checked_groups, checked_state, is_mapping, wrap
+from ._states import StateMemory, first_shape, loaded_value, new_state, numbers_of
 
 _grad, _layout = operator.attrgetter("grad"), operator.attrgetter("layout")
-PAGED_SIZE = 100_000  # elements from which on a state is worth paging
 
 
 class _Plan(NamedTuple):
@@ -84,7 +83,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.name2qmap["udynamic"] = create_dynamic_map(signed=False)
 
     def keep_states_in_files(self, limit: int, directory: str | None = None) -> None:
-        """Lets states of parameters on the CPU live in memory-mapped files, but for `limit` bytes of them.
+        """Lets states of parameters on the CPU live in memory-mapped files, except for `limit` bytes of them.
 
         Call it before the first step. The bits are the same; a step brings in at most 256 MiB of files at a time, or
         one parameter's states. Files have no names and are gone with the optimizer, also after a crash.
@@ -179,34 +178,18 @@ class Optimizer8bit(torch.optim.Optimizer):
             part = local_part(p)
             name, rule = f"state[{key}]", self.optimizer_name
             saved = part_of(name, saved, p, self.sharding, rule, self._qmap)
-            entry = checked_state(name, saved, rule, part, self._first_shape(part))
+            entry = checked_state(name, saved, rule, part, first_shape(rule, part))
             if entry and self.args.max_unorm > 0:  # files of other rules have none
                 entry.setdefault("unorm_vec", torch.zeros(1, dtype=torch.float32, device=p.device))
-            states[p] = {k: self._loaded(k, value, p, move_to_device) for k, value in entry.items()}
+            states[p] = {}
+            for k, value in entry.items():
+                device = value.device if isinstance(value, Tensor) and not move_to_device else p.device
+                states[p][k] = loaded_value(k, value, p, device, self.get_state_buffer, self._qmap)
         for group, own in zip(groups, self.param_groups, strict=True):
             group["params"] = own["params"]
         self.__setstate__({"state": states, "param_groups": groups})
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
-
-    def _loaded(self, key: str, value: Any, p: Tensor, move_to_device: bool) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        device = p.device if move_to_device else value.device
-        if key in ("qmap1", "qmap2"):
-            own = self._qmap(int(key[-1]), device)
-            if torch.equal(own, value.to(device)):
-                return own
-        if key in ("state1", "state2"):
-            return self._filled(p, value, device)
-        return value.to(device, copy=True)
-
-    def _filled(self, p: Tensor, value: Tensor, device: torch.device) -> Tensor:
-        part = local_part(p)
-        ordered = value.dtype == torch.float32 or value.stride() == part.stride()  # blocks follow the order of codes
-        if ordered and device == p.device and value.shape == part.shape:
-            return self.get_state_buffer(p, dtype=value.dtype).copy_(value)
-        return value.to(device, copy=True)
 
     def _qmap(self, number: int, device: torch.device) -> Tensor:
         """The map of state 1 or 2."""
@@ -266,26 +249,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         return self.mng.options_of(p, gindex, pindex)
 
     def _numbers(self, config: dict[str, Any]) -> Numbers:
-        betas, options = config["betas"], self.options
-        beta2 = float(betas[1])
-        return Numbers(
-            lr=float(config["lr"]),
-            beta1=float(betas[0]),
-            beta2=beta2,
-            beta3=float(betas[2]) if len(betas) > 2 else 0.0,
-            alpha=float(config["alpha"]),
-            eps=float(config["eps"]),
-            weight_decay=float(config["weight_decay"]),
-            t_alpha=config["t_alpha"] or 0,
-            t_beta3=config["t_beta3"] or 0,
-            max_unorm=float(config["max_unorm"]),
-            skip_zeros=bool(config["skip_zeros"]),
-            dampening=beta2 if self.optimizer_name in MOMENTUM else 0.0,
-            nesterov=options.get("nesterov", False),
-            bias_correction=options.get("bias_correction", True),
-            coupled_decay=options.get("coupled_decay", False),
-            seed=config.get("seed"),
-        )
+        return numbers_of(self.optimizer_name, config, self.options)
 
     # ---- steps
 
@@ -394,38 +358,13 @@ class Optimizer8bit(torch.optim.Optimizer):
         bits = config["optim_bits"]
         if bits not in (8, 32):
             raise NotImplementedError(f"Amount of optimizer bits not supported: {bits}")
-        part = local_part(p)
-        coded = self.sharding.is_coded(p, config)
-        dtype = torch.uint8 if coded else torch.float32
-        state: State = {"step": 0}
-        for number in (1, 2) if self.optimizer_name in TWO_STATES else (1,):
-            copies = first_states(self.optimizer_name) if number == 1 else 1
-            state[f"state{number}"] = self._doubled(part, dtype) if copies == 2 else self.get_state_buffer(p, dtype)
-            if coded:
-                blocks = self.sharding.blocks(p)
-                state[f"qmap{number}"] = self._qmap(number, p.device)
-                absmax = (2, blocks) if copies == 2 else (blocks,)
-                state[f"absmax{number}"] = torch.zeros(absmax, dtype=torch.float32, device=p.device)
-        if config["max_unorm"] > 0:
-            state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
-        if config["percentile_clipping"] < HISTORY:
-            state["gnorm_vec"] = torch.zeros(HISTORY, dtype=torch.float32, device=p.device)
-        self.state[p] = state
+        blocks = self.sharding.blocks(p) if self.sharding.is_coded(p, config) else None
+        buffer = self.get_state_buffer
+        self.state[p] = new_state(self.optimizer_name, p, config, self._memory, buffer, blocks, self._qmap)
 
-    def _first_shape(self, p: Tensor) -> tuple[int, ...]:
-        return (2, *p.shape) if first_states(self.optimizer_name) == 2 else tuple(p.shape)
-
-    def _doubled(self, part: Tensor, dtype: torch.dtype) -> Tensor:
-        """Two states one after the other, each in the memory order of the parameter."""
-        stride = torch.empty_like(part, device="meta").stride()
-        return self._zeros((2, *part.shape), (part.numel(), *stride), dtype, part.device)
-
-    def _zeros(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self.is_paged and device.type == "cuda" and math.prod(shape) >= PAGED_SIZE:
-            return paged_strided(shape, stride, dtype, device)
-        if self._files is not None and device.type == "cpu":
-            return self._files.zeros(shape, stride, dtype)
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+    @property
+    def _memory(self) -> StateMemory:
+        return StateMemory(self.is_paged, self._files)
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """One step of one parameter, for optimizers that have a step of their own."""
@@ -444,8 +383,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros of the shape and memory order of a parameter, for a state of it."""
-        part = local_part(p)
-        return self._zeros(part.shape, torch.empty_like(part, device="meta").stride(), dtype, part.device)
+        return self._memory.like(p, dtype)
 
     def prefetch_state(self, p: Tensor) -> None:
         """Brings the paged states of a parameter to its device; others are there."""
