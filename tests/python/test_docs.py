@@ -321,6 +321,28 @@ def test_readme_fits_its_screen() -> None:
     assert "CUDA" in "\n".join(text.splitlines()[:30])
 
 
+def test_readme_shows_what_was_measured() -> None:
+    """Its numbers are those of the page of measurements, and these come from the results of the run."""
+
+    def rows(page: Path) -> list[list[str]]:
+        table = re.search(r"^\| Operation \| ms \| Ratio \|\n\|[-:| ]+\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
+        assert table, f"{name(page)} has no table of measurements"
+        return [re.findall(r"\d+(?:\.\d+)?", row.split("|", 2)[2]) for row in table[1].splitlines()]
+
+    measured = rows(DOCS / "measurements.md")
+    shown = rows(ROOT / "README.md")
+    assert len(shown) == 6
+    for numbers in shown:
+        assert any(set(numbers) <= set(row) for row in measured), f"README.md shows {numbers}, which was not measured"
+
+    text = (ROOT / "bench" / "results" / "intel-xeon-6-model-167-amx.md").read_text()
+    results = [float(number) for number in re.findall(r"\| (\d+(?:\.\d+)?) (?=\|)", text)]
+    for numbers in measured[:4]:
+        for number in numbers:
+            unit = 10.0 ** -len(number.partition(".")[2])  # results are rounded too
+            assert any(abs(x - float(number)) < 0.6 * unit for x in results), f"no result of the run is {number}"
+
+
 def test_settings_page_has_every_variable() -> None:
     """Those that users set; each is named where code reads it."""
     page = (DOCS / "settings.md").read_text()
