@@ -110,10 +110,16 @@ BlockScales nest(std::span<const float> scales, int64_t blocksize) {
 }
 
 std::vector<float> decode(const BlockScales& s) {
-  if (!s.nested) return s.values;
-  std::vector<float> values = allocated(s.size());
-  dequantize_blockwise({.blocksize = s.second_blocksize, .code = s.code, .codes = s.codes, .absmax = s.second, .out = values});
-  for (float& x : values) x += s.offset;
+  std::vector<float> values;
+  Checker("decode").within_memory([&] {
+    if (!s.nested) {
+      values = s.values;
+      return;
+    }
+    values = allocated(s.size());
+    dequantize_blockwise({.blocksize = s.second_blocksize, .code = s.code, .codes = s.codes, .absmax = s.second, .out = values});
+    for (float& x : values) x += s.offset;
+  });
   return values;
 }
 
