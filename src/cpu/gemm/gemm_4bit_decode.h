@@ -1,10 +1,10 @@
-// Rows of a 4-bit weight, decoded for the products of gemm4_dot.h and gemm4_amx.h.
+// Rows of a 4-bit weight, decoded for the products of gemm_4bit_dot.h and avx512/gemm_4bit_amx.h.
 #pragma once
 
 #include <cstring>
 
 #include "cpu/gemm/product.h"
-#include "cpu/isa/gemm_4bit_ops.h"
+#include "cpu/isa/isa.h"
 
 namespace bnb::cpu {
 namespace {
@@ -159,7 +159,8 @@ template <class Isa, class Math> class Decoder {
       const int64_t stop = smaller(end, ((begin >> shift) + 1) << shift), count = stop - begin;
       const float absmax = scale[begin >> shift];
       int64_t i = 0;
-      for (; i + Isa::lanes <= count; i += Isa::lanes) Isa::store(to + i, Gemm4Ops<Isa>::nested(code, codes + begin + i, absmax, offset));
+      for (; i + Isa::lanes <= count; i += Isa::lanes)
+        Isa::store(to + i, Isa::Gemm4bitOps::nested(code, codes + begin + i, absmax, offset));
       for (; i < count; ++i) {
         const float scaled = code[codes[begin + i]] * absmax;
         to[i] = scaled + offset;

@@ -13,7 +13,7 @@ namespace {
 
 // w and x in fp32; w rounded to T, as dequantize_4bit gives it.
 template <class Isa, class T> struct FmaMath {
-  using Ops = Gemm4Ops<Isa>;
+  using Ops = typename Isa::Gemm4bitOps;
   using Element = float;
   using Vec = typename Isa::F32;
   using Sum = typename Isa::F32;
@@ -31,29 +31,29 @@ template <class Isa, class T> struct FmaMath {
   BNB_INLINE static Element element(float w) { return to_float(rounded<T>(w)); }
 };
 
-#if defined(__AVX512BF16__)
+// bf16 weights and activations, multiplied in pairs.
 template <class Isa> struct Bf16Math {
-  using Ops = Bf16Ops;
-  using Element = uint16_t;
-  using Vec = __m512i;
-  using Sum = __m512;
-  using Table = __m512;
-  static constexpr int lanes = 32;
+  using Ops = typename Isa::Bf16DotOps;
+  using Element = typename Ops::Element;
+  using Vec = typename Ops::Vec;
+  using Sum = typename Ops::Sum;
+  using Table = typename Ops::Table;
+  static constexpr int lanes = Ops::lanes;
   static constexpr int64_t chunk = 2048;
   BNB_INLINE static Table table(const float* values) { return Ops::table(values); }
-  template <bool split> BNB_INLINE static void decode(const Table& t, const uint8_t* codes, float first, float second, Vec (&w)[2]) {
-    Ops::decode<split>(t, codes, first, second, w);
+  template <bool split>
+  BNB_INLINE static void decode(const Table& t, const uint8_t* codes, float first, float second, Vec (&w)[kGroup / lanes]) {
+    Ops::template decode<split>(t, codes, first, second, w);
   }
   BNB_INLINE static void permute(const BFloat16* x, Element* to) {
-    Vec v[2];
+    Vec v[kGroup / lanes];
     Ops::permute(x, v);
-    store(to, v[0]), store(to + 32, v[1]);
+    for (int i = 0; i < kGroup / lanes; ++i) store(to + i * lanes, v[i]);
   }
-  BNB_INLINE static Vec load(const Element* p) { return _mm512_loadu_si512(p); }
-  BNB_INLINE static void store(Element* p, Vec v) { _mm512_storeu_si512(p, v); }
+  BNB_INLINE static Vec load(const Element* p) { return Ops::load(p); }
+  BNB_INLINE static void store(Element* p, Vec v) { Ops::store(p, v); }
   BNB_INLINE static Element element(float w) { return rounded<BFloat16>(w).bits; }
 };
-#endif
 
 // y[m .. m + count)[n .. n + columns) = sums + bias, without what lies beyond n.
 template <class T, int columns> void write_columns(const Gemm4bit& d, int64_t m, int64_t count, int64_t n, const float* sums) {
@@ -75,7 +75,7 @@ template <class Isa, class T, class Math> class DotGemm {
   using Element = typename Math::Element;
   using Vec = typename Math::Vec;
   using Sum = typename Math::Sum;
-  using Tile = Gemm4Ops<Isa>;
+  using Tile = typename Isa::Gemm4bitOps;
   static constexpr int vectors = kGroup / Math::lanes, columns_at_once = 4, fused_rows = 4;
   static constexpr int64_t chunk_groups = Math::chunk / kGroup;
   static constexpr int64_t line = 64 / sizeof(Element), block_bytes = 1 << 20;

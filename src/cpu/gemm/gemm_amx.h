@@ -24,8 +24,6 @@
 //   columns(p, n), write(p, ..)  columns [n, n + 16) of y are tile p of the panel; rows of them from a transposed tile of sums
 #pragma once
 
-#if defined(__AMX_BF16__)
-
 #include "cpu/gemm/product.h"
 #include "cpu/isa/amx.h"
 #include "cpu/runtime/scratch.h"
@@ -359,5 +357,3 @@ template <class Operand> class AmxGemm {
 
 }  // namespace
 }  // namespace bnb::cpu
-
-#endif

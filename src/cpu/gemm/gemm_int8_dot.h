@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/gemm/product.h"
-#include "cpu/isa/gemm_int8_ops.h"
+#include "cpu/isa/isa.h"
 #include "cpu/runtime/scratch.h"
 
 namespace bnb::cpu {
@@ -113,7 +113,7 @@ template <class Isa> class Finish8 {
 
 // Tiles of up to 6 rows of a and 4 rows of b keep 24 vectors of sums, whose lanes are added once a tile.
 template <class Isa> class DotGemm8 {
-  using Ops = Gemm8Ops<Isa>;
+  using Ops = typename Isa::GemmInt8Ops;
   using Element = typename Ops::Element;
   using Vec = typename Ops::Vec;
   static constexpr int columns_at_once = 4;

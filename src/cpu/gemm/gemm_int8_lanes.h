@@ -11,7 +11,7 @@ namespace bnb::cpu {
 namespace {
 
 template <class Isa> class LanesGemm8 {
-  using Ops = Gemm8Ops<Isa>;
+  using Ops = typename Isa::GemmInt8Ops;
   using Element = typename Ops::Element;
   using Vec = typename Ops::Vec;
   static constexpr int64_t lanes = Isa::lanes, word = 4, group = word / sizeof(Element);  // bytes and elements of k in a lane

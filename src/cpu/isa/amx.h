@@ -5,7 +5,6 @@
 
 #include "common/convert.h"
 
-#if defined(__AMX_BF16__)
 #include <immintrin.h>
 
 namespace bnb::cpu {
@@ -54,4 +53,3 @@ class Tiles {
 
 }  // namespace
 }  // namespace bnb::cpu
-#endif

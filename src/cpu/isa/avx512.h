@@ -1,106 +1,26 @@
 // AVX-512 F, BW, CD, DQ, VL: 16 lanes; Avx512Bf16 adds VBMI, VNNI, BF16; Amx adds tiles.
 #pragma once
 
+#include "cpu/isa/avx512_gemm.h"
+#include "cpu/isa/avx512_vectors.h"
 #include "cpu/kernels/codebook8.h"
 #include "cpu/kernels/plain.h"
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns of the undefined operands inside its own intrinsics
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#pragma GCC diagnostic pop
 #include <string_view>
+#include <type_traits>
 
 namespace bnb::cpu {
 namespace {  // internal linkage: nothing compiled for one instruction set is visible to another
 
-struct Avx512 {
+struct Avx512 : Avx512Vectors {
   static constexpr std::string_view name = "avx512";
-  static constexpr int lanes = 16;
-  using F32 = __m512;
-  using I32 = __m512i;
-
-  BNB_INLINE static I32 bits(F32 x) { return _mm512_castps_si512(x); }
-  BNB_INLINE static F32 floats(I32 x) { return _mm512_castsi512_ps(x); }
-  BNB_INLINE static __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-  BNB_INLINE static F32 load(const float* p) { return _mm512_loadu_ps(p); }
-  BNB_INLINE static F32 load(const Half* p) { return _mm512_cvtph_ps(load32(p)); }
-  BNB_INLINE static F32 load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
-  BNB_INLINE static F32 load(const BFloat16* p) {  // word i to the upper half of lane i
-    const I32 places = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 16);
-    return floats(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_broadcast_i64x4(load32(p))));
-  }
-
-  // The 16-bit float nearest to each lane. bf16 by integer arithmetic: vcvtneps2bf16 takes subnormals for zero.
-  template <class T> BNB_INLINE static __m256i round16(F32 x) {
-    if constexpr (dtype_of<T> == DType::f16) return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-    const I32 b = bits(x), high = _mm512_srli_epi32(b, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    const I32 near = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(near, nan, high, _mm512_set1_epi32(0x40)));
-  }
-  BNB_INLINE static void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
-  BNB_INLINE static void store(Half* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round16<Half>(x)); }
-  BNB_INLINE static void store(BFloat16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round16<BFloat16>(x)); }
-
-  BNB_INLINE static F32 zero() { return _mm512_setzero_ps(); }
-  BNB_INLINE static F32 set1(float x) { return _mm512_set1_ps(x); }
-  BNB_INLINE static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
-  BNB_INLINE static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
-  BNB_INLINE static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
-  BNB_INLINE static I32 word(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  BNB_INLINE static I32 load_all(const void* p) { return _mm512_loadu_si512(p); }
-
   static constexpr bool can_stream = true, has_dynamic8 = true;
-  BNB_INLINE static void fence() { _mm_sfence(); }
-  template <bool stream> BNB_INLINE static void put(void* p, I32 x) {
-    if constexpr (stream)
-      _mm512_stream_si512(static_cast<__m512i*>(p), x);
-    else
-      _mm512_storeu_si512(p, x);
-  }
-  // Two vectors, rounded to T. Results that stream come in whole lines.
-  template <bool stream, class T> BNB_INLINE static void put_rounded(T* p, F32 a, F32 b) {
-    if constexpr (dtype_of<T> == DType::f32) {
-      put<stream>(p, bits(a));
-      put<stream>(p + 16, bits(b));
-    } else {
-      put<stream>(p, _mm512_inserti64x4(_mm512_castsi256_si512(round16<T>(a)), round16<T>(b), 1));
-    }
-  }
+  // Weights are decoded in fp32: for one row that is most of the work.
+  template <class> static constexpr SingleRow single_row = SingleRow::fp32;
+  using Gemm4bitOps = Avx512Gemm4bit;
+  using GemmInt8Ops = Avx512GemmInt8;
 
-  // Called for every 64 bytes of input: the hardware's own prefetching stops at the end of each 4 KiB page.
-  BNB_INLINE static void prefetch(const void* p) {
-    constexpr uintptr_t kAhead = 2048;
-    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + kAhead), _MM_HINT_T0);
-  }
-
-  // The largest |x| as the bits of an fp32; 16-bit floats are compared as they are. n: whole chunks, as everywhere below.
-  BNB_INLINE static uint32_t max_bits(const float* x, int64_t n) {
-    const I32 magnitude = word(0x7fffffff);
-    I32 most = _mm512_setzero_si512(), more = most;
-    for (int64_t i = 0; i < n; i += 32) {
-      prefetch(x + i);
-      prefetch(x + i + 16);
-      most = _mm512_max_epu32(most, _mm512_and_si512(magnitude, load_all(x + i)));
-      more = _mm512_max_epu32(more, _mm512_and_si512(magnitude, load_all(x + i + 16)));
-    }
-    return _mm512_reduce_max_epu32(_mm512_max_epu32(most, more));
-  }
-  template <class T> BNB_INLINE static uint32_t max_bits(const T* x, int64_t n) {
-    I32 most = _mm512_setzero_si512();
-    for (int64_t i = 0; i < n; i += 32) {
-      prefetch(x + i);
-      most = _mm512_max_epu16(most, _mm512_and_si512(word(0x7fff7fff), load_all(x + i)));
-    }
-    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
-    const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)), ones = _mm_set1_epi32(-1);
-    const auto bits = static_cast<uint16_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(eight, ones))));
-    return bits_of(to_float(T{bits}));
-  }
+  template <class T> BNB_INLINE static void store_pair(T* p, F32 a, F32 b) { put_rounded<false>(p, a, b); }
 
   // The low bytes of V vectors (their other bytes zero for `clean`) side by side: byte 4 i + j of the result is lane i of x[j].
   template <int V> BNB_INLINE static I32 interleave(const I32 (&x)[V]) {
@@ -307,10 +227,15 @@ struct Avx512 {
       }
     }
   };
+  template <bool> using DecodeState = Decode8<float, false>;
 };
 
 struct Avx512Bf16 : Avx512 {
   static constexpr std::string_view name = "avx512bf16";
+  static constexpr bool has_bf16_dot = true;
+  template <class> static constexpr SingleRow single_row = SingleRow::as_many;
+  using GemmInt8Ops = Avx512VnniGemmInt8;
+  using Bf16DotOps = Avx512Bf16Dot;
 
   // To bf16 by the conversion instructions, but for subnormals, which those take for zero.
   BNB_INLINE static __mmask16 subnormal(F32 x) { return _mm512_fpclass_ps_mask(x, 0x20); }
@@ -326,6 +251,8 @@ struct Avx512Bf16 : Avx512 {
         return put<stream>(p, reinterpret_cast<I32>(_mm512_cvtne2ps_pbh(b, a)));
     Avx512::put_rounded<stream>(p, a, b);
   }
+
+  template <class T> BNB_INLINE static void store_pair(T* p, F32 a, F32 b) { put_rounded<false>(p, a, b); }
 
   // byte p of each value to bytes[p]
   template <int count> BNB_INLINE static void split(const float* value, uint8_t (&bytes)[4][count]) {
@@ -370,10 +297,44 @@ struct Avx512Bf16 : Avx512 {
       }
     }
   };
+
+  // 64 codes of the signed dynamic map, which is the same on both sides of 0: the four bytes of each magnitude in tables of their own.
+  class DecodeSigned {
+    __m512i plane_[4][2];
+
+   public:
+    explicit DecodeSigned(const float* value) {
+      alignas(64) uint8_t bytes[4][128];
+      split(value + 127, bytes);
+      for (int p = 0; p < 4; ++p)
+        for (int q = 0; q < 2; ++q) plane_[p][q] = _mm512_loadu_si512(bytes[p] + 64 * q);
+    }
+    BNB_INLINE void operator()(const uint8_t* codes, int64_t, float absmax, float* out) const {
+      // Dword 4 j + l goes to dword j of the 128-bit lane l, so that unpacking within lanes ends in order.
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), top = _mm512_set1_epi8(-128);
+      const __m512i c = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+      const __m512i distance = _mm512_sub_epi8(c, _mm512_set1_epi8(127)), magnitude = _mm512_abs_epi8(distance);
+      const __mmask64 one = _mm512_movepi8_mask(magnitude);  // code 255, 128 above that of 0, is 1.0 = 0x3f800000
+      __m512i b[4];
+      for (int p = 0; p < 4; ++p) b[p] = _mm512_permutex2var_epi8(plane_[p][0], magnitude, plane_[p][1]);
+      b[2] = _mm512_mask_mov_epi8(b[2], one, top);
+      b[3] = _mm512_mask_mov_epi8(_mm512_ternarylogic_epi32(b[3], distance, top, 0xf8), one, _mm512_set1_epi8(0x3f));
+      const __m512 scale = _mm512_set1_ps(absmax);
+      const auto put = [&](int at, __m512i x) { _mm512_storeu_ps(out + at, _mm512_mul_ps(_mm512_castsi512_ps(x), scale)); };
+      const __m512i low01 = _mm512_unpacklo_epi8(b[0], b[1]), low23 = _mm512_unpacklo_epi8(b[2], b[3]);
+      put(0, _mm512_unpacklo_epi16(low01, low23)), put(16, _mm512_unpackhi_epi16(low01, low23));
+      const __m512i high01 = _mm512_unpackhi_epi8(b[0], b[1]), high23 = _mm512_unpackhi_epi8(b[2], b[3]);
+      put(32, _mm512_unpacklo_epi16(high01, high23)), put(48, _mm512_unpackhi_epi16(high01, high23));
+    }
+  };
+  template <bool dynamic_signed> using DecodeState = std::conditional_t<dynamic_signed, DecodeSigned, Decode8<float, false>>;
 };
 
 struct Amx : Avx512Bf16 {
   static constexpr std::string_view name = "amx";
+  static constexpr bool has_tiles = true;
+  // A tile costs as much for one row as for sixteen.
+  template <class T> static constexpr SingleRow single_row = sizeof(T) == 2 ? SingleRow::digits : SingleRow::fp32;
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
+#include <tuple>
 
 #include "common/optim_rules.h"
 
@@ -68,10 +69,65 @@ struct Kernels {
   void (*optimizer_norms)(const OptimizerTask&, Range blocks, double (&sums)[2]);
 };
 
+// The list of its members: what the tests, and all that must know every kernel, iterate.
+template <class Member> struct NamedMember {
+  std::string_view name;
+  Member Kernels::* at;
+};
+inline constexpr std::tuple kKernelMembers = {
+    NamedMember{"quantize_4bit", &Kernels::quantize_4bit},
+    NamedMember{"dequantize_4bit", &Kernels::dequantize_4bit},
+    NamedMember{"quantize_blockwise", &Kernels::quantize_blockwise},
+    NamedMember{"dequantize_blockwise", &Kernels::dequantize_blockwise},
+    NamedMember{"gemm_4bit", &Kernels::gemm_4bit},
+    NamedMember{"quantize_int8", &Kernels::quantize_int8},
+    NamedMember{"quantize_columns_int8", &Kernels::quantize_columns_int8},
+    NamedMember{"dequantize_int8", &Kernels::dequantize_int8},
+    NamedMember{"dequantize_sums", &Kernels::dequantize_sums},
+    NamedMember{"gemm_int8", &Kernels::gemm_int8},
+    NamedMember{"optimizer_step", &Kernels::optimizer_step},
+    NamedMember{"optimizer_norms", &Kernels::optimizer_norms},
+};
+
+// f(name, member) for each kernel of a table.
+template <class F> constexpr void for_each_kernel(const Kernels& kernels, F&& f) {
+  std::apply([&](const auto&... member) { (f(member.name, kernels.*member.at), ...); }, kKernelMembers);
+}
+
+constexpr bool is_set(auto* kernel) { return kernel != nullptr; }
+template <class D> constexpr bool is_set(const Product<D>& p) {
+  return p.column_step > 0 && p.pack_bytes && p.pack_units && p.pack && p.run;
+}
+constexpr bool is_complete(const Kernels& kernels) {
+  bool complete = !kernels.isa.empty();
+  for_each_kernel(kernels, [&](std::string_view, const auto& kernel) { complete = complete && is_set(kernel); });
+  return complete;
+}
+
+// Each member once: the list is as large as the struct, and in its order.
+static_assert(
+    [] {
+      constexpr Kernels table{};
+      const void* last = &table.isa;
+      size_t size = sizeof(table.isa);
+      bool in_order = true;
+      for_each_kernel(table, [&](std::string_view, const auto& kernel) {
+        in_order = in_order && last < static_cast<const void*>(&kernel);
+        last = &kernel;
+        size += sizeof(kernel);
+      });
+      return in_order && size == sizeof(Kernels);
+    }(),
+    "kKernelMembers lacks a member of Kernels, or has one twice");
+
 extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kAvx512Bf16, kAmx;
 
 // The tables this build holds and this machine runs, best first.
 std::span<const Kernels* const> supported();
+
+// Adds a table to them, as the last but for `scalar`, which stays. To be called before anything asks for them: an instruction set in the
+// making can be tried, and the tests have one of their own (tests/cpu/isa).
+void add_table(const Kernels&);
 
 // The table in use (BNB_FORCE_ISA, force_isa). Throws Error{unsupported} if the forced one cannot run here.
 const Kernels& active();

@@ -7,7 +7,7 @@
 
 #include "common/optim_rules.h"
 #include "common/stochastic.h"
-#include "cpu/isa/optim_ops.h"
+#include "cpu/isa/isa.h"
 #include "cpu/kernels/dequantize.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/quantize.h"
@@ -16,7 +16,7 @@ namespace bnb::cpu {
 namespace {
 
 template <class Isa> struct Optimize {
-  using M = OptimMath<Isa>;
+  using M = Isa;
   using F32 = typename M::F32;
   static constexpr int kBlock = kOptimizerBlock, kPart = 64;
 
@@ -175,7 +175,7 @@ template <class Isa> struct Optimize {
 
   // One state in codes. Encode: EncodeDynamic or EncodeTable of quantize.h.
   template <class Encode, Keep keep> struct Coder {
-    DecodeStates<Isa, Encode::of_signed_map> decode;
+    typename Isa::template DecodeState<Encode::of_signed_map> decode;
     Encode encode;
     const float* value;
     Coder(const Encoder8& encoder, const float* code) : decode{code}, encode{encoder}, value(code) {}
@@ -237,7 +237,7 @@ template <class Isa> struct Optimize {
 #pragma GCC unroll 3
           for (int k = 0; k < Rule::states; ++k) {
             const uint8_t* codes = s.at(k, now.size()) + i;
-            if constexpr (Isa::lanes > 1) Isa::prefetch(codes);
+            Isa::prefetch(codes);
             k == Rule::second_moment ? second.decode(codes, kPart, *s.absmax[k], at[k] + i)
                                      : first.decode(codes, kPart, *s.absmax[k], at[k] + i);
           }
@@ -269,8 +269,7 @@ template <class Isa> struct Optimize {
   BNB_INLINE static void advance(const Elements<T>& e, float* const (&at)[Rule::states], int i, const Hyper& h, float rate,
                                  F32 (&most)[Rule::states]) {
     T* p = e.p();
-    if constexpr (Isa::lanes > 1)
-      for (int j = 0; j < kPart; j += 64 / static_cast<int>(sizeof(T))) Isa::prefetch(p + i + j);
+    for (int j = 0; j < kPart; j += 64 / static_cast<int>(sizeof(T))) Isa::prefetch(p + i + j);
     for (const int end = i + kPart; i < end; i += 2 * Isa::lanes) {
       F32 to[2];
 #pragma GCC unroll 2

@@ -30,12 +30,19 @@ constexpr Candidate kCandidates[] = {
     {&kScalar, [] { return true; }},
 };
 
+constexpr size_t kMostAdded = 4;
+constinit const Kernels* g_added[kMostAdded] = {};
+constinit size_t g_added_count = 0;
+
 struct Supported {
-  const Kernels* list[std::size(kCandidates)] = {};
+  const Kernels* list[std::size(kCandidates) + kMostAdded] = {};
   size_t count = 0;
   Supported() {
-    for (const auto& c : kCandidates)
+    for (const auto& c : kCandidates) {
+      if (c.kernels == &kScalar)
+        for (size_t i = 0; i < g_added_count; ++i) list[count++] = g_added[i];
       if (c.runs_here()) list[count++] = c.kernels;
+    }
   }
 };
 
@@ -55,6 +62,11 @@ std::atomic<const Kernels*> g_active{nullptr};
 std::span<const Kernels* const> supported() {
   const auto& s = process_wide<Supported>();
   return {s.list, s.count};
+}
+
+void add_table(const Kernels& kernels) {
+  if (g_added_count == kMostAdded) throw Error(Errc::unsupported, "add_table: there are " + std::to_string(kMostAdded) + " tables already");
+  g_added[g_added_count++] = &kernels;
 }
 
 const Kernels& active() {

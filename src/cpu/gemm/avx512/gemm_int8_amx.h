@@ -1,8 +1,6 @@
 // int8 weights on AMX tiles (gemm_amx.h).
 #pragma once
 
-#if defined(__AMX_INT8__)
-
 #include "cpu/gemm/gemm_amx.h"
 #include "cpu/gemm/gemm_int8_dot.h"
 
@@ -70,5 +68,3 @@ template <class Isa> class Int8Tiles {
 
 }  // namespace
 }  // namespace bnb::cpu
-
-#endif

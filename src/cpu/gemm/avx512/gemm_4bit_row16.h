@@ -9,13 +9,10 @@
 // and scales on two ports, where RowGemm takes 25.
 #pragma once
 
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-
 #include <algorithm>
 #include <bit>
 
-#include "cpu/gemm/gemm_4bit_row.h"
-#include "cpu/isa/gemm_int8_ops.h"
+#include "cpu/gemm/avx512/gemm_4bit_row.h"
 
 namespace bnb::cpu {
 namespace {
@@ -49,7 +46,7 @@ template <class Format> inline constexpr Digits4<Format> kDigits4{};
 
 template <class Isa, class T> class IntRowGemm {
   using Plain = RowGemm<Isa, T>;
-  using Ops = Gemm8Ops<Isa>;
+  using Ops = typename Isa::GemmInt8Ops;
   static constexpr int columns_at_once = 8;
   using Rows = Streams<columns_at_once>;
   static constexpr int64_t step = 2 * kGroup;
@@ -423,5 +420,3 @@ template <class Isa, class T> class IntRowGemm {
 
 }  // namespace
 }  // namespace bnb::cpu
-
-#endif

@@ -5,7 +5,7 @@
 // Reads k / 2 bytes of codes a column. 128 weights take 7 shifts, 8 permutes, 8 FMA and 2 more for the scale on two ports.
 #pragma once
 
-#if defined(__AVX512F__)
+#include <immintrin.h>
 
 #include "cpu/gemm/gemm_4bit_dot.h"
 
@@ -169,7 +169,7 @@ template <class Isa, class T> class RowGemm {
         add_halves(sum[2 * j], sum[2 * j + 1], product);
       }
     }
-    Gemm4Ops<Isa>::add_lanes(sum[0], sum[1], sum[2], sum[3], true, sums);
+    Isa::Gemm4bitOps::add_lanes(sum[0], sum[1], sum[2], sum[3], true, sums);
   }
 
   // block[j] = sum over nibbles of value * x
@@ -191,5 +191,3 @@ template <class Isa, class T> class RowGemm {
 
 }  // namespace
 }  // namespace bnb::cpu
-
-#endif

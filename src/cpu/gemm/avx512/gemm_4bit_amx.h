@@ -1,8 +1,6 @@
 // 4-bit weights on AMX tiles in bf16 (gemm_amx.h). tdpbf16ps takes subnormals for zero, in its operands and its sums.
 #pragma once
 
-#if defined(__AMX_BF16__)
-
 #include "cpu/gemm/gemm_4bit_dot.h"
 #include "cpu/gemm/gemm_amx.h"
 
@@ -71,5 +69,3 @@ template <class Isa> class Bf16Tiles4 {
 
 }  // namespace
 }  // namespace bnb::cpu
-
-#endif
