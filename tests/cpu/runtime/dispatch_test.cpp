@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdio>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <set>
@@ -40,11 +41,23 @@ TEST(Dispatch, TablesAreComplete) {
   std::set<std::string_view> names;
   for (const auto* k : cpu::supported()) {
     EXPECT_TRUE(names.insert(k->isa).second) << k->isa << " twice";
-    EXPECT_TRUE(k->quantize_4bit && k->dequantize_4bit && k->quantize_blockwise && k->dequantize_blockwise) << k->isa;
-    EXPECT_TRUE(k->gemm_4bit.pack_bytes && k->gemm_4bit.pack_units && k->gemm_4bit.pack && k->gemm_4bit.run) << k->isa;
-    EXPECT_GT(k->gemm_4bit.column_step, 0) << k->isa;
+    cpu::for_each_kernel(
+        *k, [&](std::string_view name, const auto& kernel) { EXPECT_TRUE(cpu::is_set(kernel)) << k->isa << " has no " << name; });
+    EXPECT_TRUE(cpu::is_complete(*k)) << k->isa;
   }
   EXPECT_EQ(supported_isas().back(), "scalar");
+}
+
+TEST(Dispatch, ATableThatLacksAKernelIsIncomplete) {
+  std::set<std::string_view> names;
+  cpu::for_each_kernel(*cpu::supported().back(), [&](std::string_view name, const auto& kernel) {
+    EXPECT_TRUE(names.insert(name).second) << name << " twice";
+    cpu::Kernels copy = *cpu::supported().back();
+    const auto offset = reinterpret_cast<const std::byte*>(&kernel) - reinterpret_cast<const std::byte*>(cpu::supported().back());
+    std::memset(reinterpret_cast<std::byte*>(&copy) + offset, 0, sizeof(kernel));
+    EXPECT_FALSE(cpu::is_complete(copy)) << "without " << name;
+  });
+  EXPECT_EQ(names.size(), std::tuple_size_v<decltype(cpu::kKernelMembers)>);
 }
 
 // Columns are computed by several threads at once: a task that wrote those of another would race with it.
@@ -108,7 +121,7 @@ TEST(Dispatch, TablesAreThoseOfTheFlagsInCpuinfo) {
   if (avx512) expected.push_back("avx512");
   if (avx2 && has({"avx_vnni"})) expected.push_back("avxvnni");
   if (avx2) expected.push_back("avx2");
-  expected.push_back("scalar");
+  expected.insert(expected.end(), {"vec4", "scalar"});  // tests/cpu/isa, added by the tests
   EXPECT_EQ(supported_isas(), expected);
   EXPECT_EQ(print_isa("").output, expected.front());
 }
