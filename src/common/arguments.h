@@ -212,7 +212,7 @@ class OptimizerMemory {
     pieces_.push_back({m.begin, m.begin + m.bytes, m.argument, tensor, written});
   }
   void check_apart(Checker& check, bool many) {
-    std::ranges::sort(order_, {}, &std::pair<uintptr_t, uint32_t>::first);
+    std::ranges::sort(order_);  // those of one begin as they were given, so that a message does not depend on the sort
     const Piece *furthest = nullptr, *furthest_written = nullptr;
     for (const auto& [begin, i] : order_) {
       const Piece& x = pieces_[i];
@@ -247,6 +247,8 @@ inline Checker check_arguments(const OptimizerStep& s) {
     memory.add(check.view("g", t.g), i, false);
     check.equal("g", t.g.size, t.p.size, "as many as p");
     check.that(t.step >= 1, "step", t.step, "1 or more");
+    check.that(t.offset >= 0 && t.offset <= std::numeric_limits<int64_t>::max() - t.p.size, "offset", t.offset,
+               "0 or more, and a last place below 2^63");
     check.that(t.gnorm_scale - t.gnorm_scale == 0, "gnorm_scale", t.gnorm_scale, "a finite number");
     if (t.p_norm) check.that(*t.p_norm >= 0, "p_norm", *t.p_norm, "a number of 0 or more");
     const int64_t first = check.product("elements of state1", first_states(s.config.rule), t.p.size);

@@ -284,6 +284,8 @@ TEST(Optimizers, RefuseWrongArguments) {
     EXPECT_TRUE(same(x.p.values(), before));
   };
   refused("rule", [](auto& s, auto&) { s.config.rule = static_cast<Optimizer>(9); });
+  refused("offset is -3", [](auto&, auto& t) { t.offset = -3; });  // the place of a random word
+  refused("offset", [](auto&, auto& t) { t.offset = std::numeric_limits<int64_t>::max() - 299; });
   refused("lr", [](auto& s, auto&) { s.config.lr = std::nan(""); });
   refused("lr", [](auto& s, auto&) { s.config.lr = -1; });
   refused("lr is", [](auto& s, auto&) { s.config.lr = 1e39; });
