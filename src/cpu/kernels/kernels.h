@@ -11,6 +11,8 @@
 #include <span>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "common/optim_rules.h"
 
@@ -74,6 +76,7 @@ template <class Member> struct NamedMember {
   std::string_view name;
   Member Kernels::* at;
 };
+template <class Member> NamedMember(std::string_view, Member Kernels::*) -> NamedMember<Member>;
 inline constexpr std::tuple kKernelMembers = {
     NamedMember{"quantize_4bit", &Kernels::quantize_4bit},
     NamedMember{"dequantize_4bit", &Kernels::dequantize_4bit},
@@ -104,21 +107,20 @@ constexpr bool is_complete(const Kernels& kernels) {
   return complete;
 }
 
-// Each member once: the list is as large as the struct, and in its order.
-static_assert(
-    [] {
-      constexpr Kernels table{};
-      const void* last = &table.isa;
-      size_t size = sizeof(table.isa);
-      bool in_order = true;
-      for_each_kernel(table, [&](std::string_view, const auto& kernel) {
-        in_order = in_order && last < static_cast<const void*>(&kernel);
-        last = &kernel;
-        size += sizeof(kernel);
-      });
-      return in_order && size == sizeof(Kernels);
-    }(),
-    "kKernelMembers lacks a member of Kernels, or has one twice");
+template <class A, class B> constexpr bool is_same_member(const NamedMember<A>& a, const NamedMember<B>& b) {
+  if constexpr (std::is_same_v<A, B>)
+    return a.at == b.at;
+  else
+    return false;
+}
+static_assert(std::apply(
+                  [](const auto&... member) {
+                    const auto times = [&](const auto& one) { return (is_same_member(one, member) + ...); };
+                    const size_t bytes = (sizeof(Kernels::isa) + ... + sizeof(std::declval<const Kernels&>().*member.at));
+                    return bytes == sizeof(Kernels) && ((times(member) == 1) && ...);
+                  },
+                  kKernelMembers),
+              "kKernelMembers lacks a member of Kernels, or has one twice");
 
 extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kAvx512Bf16, kAmx;
 

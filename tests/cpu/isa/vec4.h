@@ -13,9 +13,9 @@ namespace {  // internal linkage: nothing compiled for one instruction set is vi
 struct Vec4 : Capabilities {
   static constexpr std::string_view name = "vec4";
   static constexpr int lanes = 4;
-  using F32 [[gnu::vector_size(16)]] = float;
-  using I32 [[gnu::vector_size(16)]] = int32_t;
-  using U32 [[gnu::vector_size(16)]] = uint32_t;
+  typedef float F32 __attribute__((vector_size(16)));
+  typedef int32_t I32 __attribute__((vector_size(16)));
+  typedef uint32_t U32 __attribute__((vector_size(16)));
   using Mask = I32;  // 0 or -1
 
   BNB_INLINE static U32 bits(F32 x) { return __builtin_bit_cast(U32, x); }
