@@ -68,7 +68,7 @@ def check_exports(there: Path) -> None:
 
 
 def configure(source: Path, build: Path, cxx: str, *options: str) -> subprocess.CompletedProcess[str]:
-    c = cxx.replace("clang++", "clang").replace("g++", "gcc")
+    c = re.sub(r"(clang|g|c)\+\+(?=[^/]*$)", lambda m: {"clang": "clang", "g": "gcc", "c": "cc"}[m[1]], cxx)
     env = {k: v for k, v in os.environ.items() if not k.startswith("CMAKE_")}
     command = ["cmake", "-S", source, "-B", build, "-G", "Ninja" if shutil.which("ninja") else "Unix Makefiles"]
     command += [f"-DCMAKE_CXX_COMPILER={cxx}", f"-DCMAKE_C_COMPILER={c}", *options]
