@@ -25,8 +25,7 @@ Device emulated = {.index = 0,
                    .sms = 3,
                    .l2_bytes = 4 << 20,
                    .shared_bytes = (BNB_ARCH >= 90 ? 227 : 64) << 10,
-                   .shared_per_sm = (BNB_ARCH >= 90 ? 228 : 64) << 10,
-                   .threads_per_sm = 2048};
+                   .shared_per_sm = (BNB_ARCH >= 90 ? 228 : 64) << 10};
 
 const Device& device() { return emulated; }
 

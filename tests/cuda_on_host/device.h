@@ -29,10 +29,8 @@ inline unsigned warp() { return thread() / kWarp; }
 inline Dim block() { return {emulator::self.block.x, emulator::self.block.y, emulator::self.block.z}; }
 inline Dim grid() { return {emulator::self.grid.x, emulator::self.grid.y, emulator::self.grid.z}; }
 
-inline void barrier(Where where = Where::current()) { emulator::barrier(0, threads(), where); }
-inline void barrier(unsigned id, unsigned count, Where where = Where::current()) { emulator::barrier(id, count, where); }
+inline void barrier(Where where = Where::current()) { emulator::barrier(where); }
 inline bool barrier_or(bool x, Where where = Where::current()) { return emulator::barrier_or(x, where); }
-inline void fence() {}
 
 struct alignas(8) Word {
   uint64_t bits[8];
@@ -61,10 +59,6 @@ template <class T> T shuffle_xor(T v, unsigned mask, Where where = Where::curren
   const unsigned from = lane() ^ mask;
   return exchange("shuffle_xor", v, from < kWarp ? from : lane(), where);
 }
-template <class T> T shuffle_down(T v, unsigned by, Where where = Where::current()) {
-  const unsigned from = lane() + by;
-  return exchange("shuffle_down", v, from < kWarp ? from : lane(), where);
-}
 inline uint32_t ballot(bool x, Where where = Where::current()) {
   const auto count = [](std::span<Word, 32> all) {
     uint32_t mask = 0;
@@ -75,7 +69,6 @@ inline uint32_t ballot(bool x, Where where = Where::current()) {
   return static_cast<uint32_t>(emulator::collective("ballot", word_of(uint64_t{x}), 1, count, where)[0].bits[1]);
 }
 inline bool any(bool x, Where where = Where::current()) { return ballot(x, where) != 0; }
-inline bool all(bool x, Where where = Where::current()) { return ballot(!x, where) == 0; }
 
 template <class T> T& shared(Where where = Where::current()) { return *reinterpret_cast<T*>(emulator::shared_memory(sizeof(T), where)); }
 
@@ -89,12 +82,6 @@ template <class T> T atomic_max(T* at, T v, Where where = Where::current()) {
   emulator::check_aligned(at, sizeof(T), "atomic_max", where);
   const T old = *at;
   *at = old < v ? v : old;
-  return old;
-}
-template <class T> T atomic_min(T* at, T v, Where where = Where::current()) {
-  emulator::check_aligned(at, sizeof(T), "atomic_min", where);
-  const T old = *at;
-  *at = v < old ? v : old;
   return old;
 }
 template <class T> T atomic_or(T* at, T v, Where where = Where::current()) {

@@ -26,7 +26,7 @@ namespace {
 
 namespace context = boost::context;
 
-constexpr uint32_t kLanes = 32, kBarriers = 16;
+constexpr uint32_t kLanes = 32;
 constexpr size_t kStack = BNB_ASAN ? 256 << 10 : 64 << 10, kGuard = 1024, kAlign = 128;
 constexpr std::byte kPoison{0xff}, kCanary{0xa5};
 
@@ -73,7 +73,7 @@ struct Machine {
   const std::function<void()>* body = nullptr;
   std::deque<Thread> threads;  // as many as were ever needed
   std::vector<Warp> warps;
-  Gate barriers[kBarriers];
+  Gate block_gate;     // of all threads of the block
   bool votes[2] = {};  // of barrier_or, by generation
   std::unique_ptr<std::byte[]> memory;
   size_t memory_size = 0;
@@ -251,7 +251,7 @@ bool Machine::run_some(std::span<const uint32_t> some) {
 void Machine::run_block(std::vector<uint32_t>& turn) {
   lay_shared();
   for (auto& warp : warps) warp.gate.arrived = 0;
-  for (auto& gate : barriers) gate.arrived = 0;
+  block_gate.arrived = 0;
   votes[0] = votes[1] = false;
   live = self.threads;
   for (uint32_t i = 0; i < self.threads; ++i) {
@@ -307,9 +307,10 @@ template <class F> bool arrive(Gate& gate, uint32_t needed, const char* what, Wh
 }
 
 // Whoever opens a barrier of the block is not the first to go on: the order decides.
-void arrive_in_block(Gate& gate, uint32_t needed, const char* what, Where where) {
-  const auto forget = [&] { machine.votes[(machine.barriers[0].generation + 1) % 2] = false; };
-  if (!arrive(gate, needed, what, where, forget) || machine.order == Order::random) return;
+void arrive_in_block(const char* what, Where where) {
+  Gate& gate = machine.block_gate;
+  const auto forget = [&] { machine.votes[(gate.generation + 1) % 2] = false; };
+  if (!arrive(gate, self.threads, what, where, forget) || machine.order == Order::random) return;
   machine.opened = true;
   machine.yield(current());
   if (machine.fault) throw Leave{};
@@ -380,17 +381,12 @@ void run(const char* kernel, Position grid, uint32_t threads, uint32_t shared, c
   }
 }
 
-void barrier(uint32_t id, uint32_t count, Where where) {
-  if (id >= kBarriers) fail("barrier " + std::to_string(id) + ", expected 0 to 15", where);
-  if (count % kLanes != 0 && count != self.threads) fail("barrier of " + std::to_string(count) + " threads, expected whole warps", where);
-  if (count > self.threads) fail("barrier of " + std::to_string(count) + " threads in a block of " + std::to_string(self.threads), where);
-  arrive_in_block(machine.barriers[id], count, "barrier", where);
-}
+void barrier(Where where) { arrive_in_block("barrier", where); }
 
 bool barrier_or(bool mine, Where where) {
-  const uint64_t now = machine.barriers[0].generation;
+  const uint64_t now = machine.block_gate.generation;
   machine.votes[now % 2] |= mine;
-  arrive_in_block(machine.barriers[0], self.threads, "barrier_or", where);
+  arrive_in_block("barrier_or", where);
   return machine.votes[now % 2];
 }
 

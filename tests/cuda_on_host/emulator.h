@@ -62,7 +62,7 @@ extern constinit Self self;
 
 void run(const char* kernel, Position grid, uint32_t threads, uint32_t shared, const std::function<void()>& body);
 
-void barrier(uint32_t id, uint32_t count, Where where);
+void barrier(Where where);
 bool barrier_or(bool mine, Where where);
 std::byte* shared_memory(size_t needed, Where where);
 

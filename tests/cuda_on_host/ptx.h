@@ -23,7 +23,6 @@ template <class V> void store(void* to, const V& v, Where where = Where::current
   std::memcpy(to, &v, sizeof v);
 }
 template <class V> void store_once(void* to, const V& v, Where where = Where::current()) { store(to, v, where); }
-inline void prefetch_l2(const void*) {}
 
 // ---- shared memory
 template <class V> V load_shared(const void* from, Where where = Where::current()) {
@@ -50,18 +49,17 @@ struct alignas(8) Rows {
   uint32_t word[4];
   uint32_t unused[10];
 };
-template <int count, bool transposed = false> void load_matrix(uint32_t (&r)[count], const void* row, Where where = Where::current()) {
-  static_assert(count == 1 || count == 2 || count == 4);
-  if (lane() < 8 * count) emulator::check_shared(row, 16, "row of a matrix", where);
+inline void load_matrices(uint32_t (&r)[4], const void* row, Where where = Where::current()) {
+  emulator::check_shared(row, 16, "row of a matrix", where);
   const auto load_all = [](std::span<Rows, 32> all) {
-    for (unsigned m = 0; m < count; ++m)
+    for (unsigned m = 0; m < 4; ++m)
       for (unsigned i = 0; i < kWarp; ++i) {
-        const auto at = [&](unsigned y, unsigned x) -> uint32_t { return transposed ? all[8 * m + x].row[y] : all[8 * m + y].row[x]; };
-        all[i].word[m] = at(i / 4, i % 4 * 2) | at(i / 4, i % 4 * 2 + 1) << 16;
+        const uint16_t* from = all[8 * m + i / 4].row + i % 4 * 2;
+        all[i].word[m] = from[0] | uint32_t{from[1]} << 16;
       }
   };
-  const auto all = emulator::collective("load_matrix", Rows{static_cast<const uint16_t*>(row), {}, {}}, kWarp, load_all, where);
-  for (int m = 0; m < count; ++m) r[m] = all[lane()].word[m];
+  const auto all = emulator::collective("load_matrices", Rows{static_cast<const uint16_t*>(row), {}, {}}, kWarp, load_all, where);
+  for (int m = 0; m < 4; ++m) r[m] = all[lane()].word[m];
 }
 
 // ---- arithmetic
@@ -94,16 +92,7 @@ inline uint32_t count_above(uint32_t count, float x, float y) { return x <= y ? 
 template <class T> uint32_t max_halves(uint32_t a, uint32_t b) {
   return std::max(a & 0xffff, b & 0xffff) | std::max(a & 0xffff0000, b & 0xffff0000);
 }
-template <uint8_t table> uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t r = 0;
-  for (uint32_t i = 0; i < 8; ++i)
-    if (table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
-  return r;
-}
 inline unsigned popcount(uint64_t x) { return static_cast<unsigned>(std::popcount(x)); }
-inline uint32_t field(uint32_t x, unsigned first, unsigned count) {
-  return static_cast<uint32_t>((uint64_t{x} >> std::min(first & 0xff, 32u)) & ((uint64_t{1} << std::min(count & 0xff, 32u)) - 1));
-}
 
 // ---- conversions
 inline float to_float(float x) { return x; }

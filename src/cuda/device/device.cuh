@@ -36,20 +36,14 @@ BNB_DEVICE Dim block() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
 BNB_DEVICE Dim grid() { return {gridDim.x, gridDim.y, gridDim.z}; }
 
 BNB_DEVICE void barrier() { __syncthreads(); }
-// Barrier `id` (1..15) of `count` threads, whole warps.
-BNB_DEVICE void barrier(unsigned id, unsigned count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
 BNB_DEVICE bool barrier_or(bool x) { return __syncthreads_or(x); }
 BNB_DEVICE void warp_barrier() { __syncwarp(); }
-// What this thread wrote to global memory is seen by all blocks before what it writes next.
-BNB_DEVICE void fence() { __threadfence(); }
 
 // T: 4 or 8 bytes.
 template <class T> BNB_DEVICE T shuffle(T v, unsigned from) { return __shfl_sync(~0u, v, from); }
 template <class T> BNB_DEVICE T shuffle_xor(T v, unsigned mask) { return __shfl_xor_sync(~0u, v, mask); }
-template <class T> BNB_DEVICE T shuffle_down(T v, unsigned by) { return __shfl_down_sync(~0u, v, by); }
 BNB_DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
 BNB_DEVICE bool any(bool x) { return __any_sync(~0u, x); }
-BNB_DEVICE bool all(bool x) { return __all_sync(~0u, x); }
 
 // The block's dynamic shared memory, from its begin, 128-byte aligned.
 template <class T> BNB_DEVICE T& shared() {
@@ -60,7 +54,6 @@ template <class T> BNB_DEVICE T& shared() {
 // Return the value before.
 template <class T> BNB_DEVICE T atomic_add(T* at, T v) { return atomicAdd(at, v); }
 template <class T> BNB_DEVICE T atomic_max(T* at, T v) { return atomicMax(at, v); }
-template <class T> BNB_DEVICE T atomic_min(T* at, T v) { return atomicMin(at, v); }
 template <class T> BNB_DEVICE T atomic_or(T* at, T v) { return atomicOr(at, v); }
 
 template <class... P, class... A> void launch(const Launch& l, void (*kernel)(P...), const A&... arguments) {

@@ -18,12 +18,11 @@ struct Dim {
 // The current device; asked for once a device. Throws Error{unsupported} if there is none.
 struct Device {
   int index = 0;
-  int arch = 0;                 // 10 * major + minor
-  int sms = 0;                  // multiprocessors
-  int64_t l2_bytes = 0;         // second-level cache
-  uint32_t shared_bytes = 0;    // the most that one block may have
-  uint32_t shared_per_sm = 0;   // of all blocks on a multiprocessor
-  uint32_t threads_per_sm = 0;  // likewise
+  int arch = 0;                // 10 * major + minor
+  int sms = 0;                 // multiprocessors
+  int64_t l2_bytes = 0;        // second-level cache
+  uint32_t shared_bytes = 0;   // the most that one block may have
+  uint32_t shared_per_sm = 0;  // of all blocks on a multiprocessor
 };
 const Device& device();
 

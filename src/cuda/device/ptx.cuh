@@ -69,7 +69,6 @@ template <class V> BNB_DEVICE void store_once(void* to, const V& v) {
   if constexpr (sizeof(V) == 4) __stcs(static_cast<unsigned*>(to), __builtin_bit_cast(uint32_t, v));
   if constexpr (sizeof(V) == 2) __stcs(static_cast<unsigned short*>(to), __builtin_bit_cast(uint16_t, v));
 }
-BNB_DEVICE void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at))); }
 
 // ---- shared memory
 template <class V> BNB_DEVICE V load_shared(const void* from) { return load<V>(from); }
@@ -102,28 +101,14 @@ template <int n> BNB_DEVICE void copy_wait() {
   if constexpr (kHasCopyAsync) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
-// `count` (1, 2, 4) 8x8 matrices of 16-bit elements from shared memory: lane i gives the address of row i % 8 of matrix i / 8 (16-byte
-// aligned; lanes beyond are not looked at) and gets elements (i / 4, i % 4 * 2) and the one right of it; `transposed`: of the transpose.
-template <int count, bool transposed = false> BNB_DEVICE void load_matrix(uint32_t (&r)[count], const void* row) {
+// Four 8x8 matrices of 16-bit elements from shared memory: lane i gives the address of row i % 8 of matrix i / 8 (16-byte aligned) and gets
+// elements (i / 4, i % 4 * 2) and the one right of it of each.
+BNB_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   const auto at = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  if constexpr (count == 4 && !transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-  else if constexpr (count == 4)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-  else if constexpr (count == 2 && !transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-  else if constexpr (count == 2)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-  else if constexpr (!transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(at) : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(at) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
 }
 
 // ---- tensor cores: d += a * b, one warp. With g = lane / 4, t = lane % 4 and 16-bit elements in pairs (the left one low):
@@ -196,19 +181,7 @@ template <class T> BNB_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
     r = max(a & 0xffff, b & 0xffff) | max(a & 0xffff0000, b & 0xffff0000);
   return r;
 }
-// Bit by bit the entry of `table` at 4 a + 2 b + c.
-template <uint8_t table> BNB_DEVICE uint32_t logic3(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(r) : "r"(a), "r"(b), "r"(c), "n"(table));
-  return r;
-}
 BNB_DEVICE unsigned popcount(uint64_t x) { return static_cast<unsigned>(__popcll(x)); }
-// `count` bits of x from bit `first` on.
-BNB_DEVICE uint32_t field(uint32_t x, unsigned first, unsigned count) {
-  uint32_t r;
-  asm("bfe.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(first), "r"(count));
-  return r;
-}
 
 // ---- conversions
 BNB_DEVICE float to_float(float x) { return x; }

@@ -82,8 +82,7 @@ const Device& device() {
                     .sms = get(cudaDevAttrMultiProcessorCount),
                     .l2_bytes = get(cudaDevAttrL2CacheSize),
                     .shared_bytes = static_cast<uint32_t>(get(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-                    .shared_per_sm = static_cast<uint32_t>(get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)),
-                    .threads_per_sm = static_cast<uint32_t>(get(cudaDevAttrMaxThreadsPerMultiProcessor))};
+                    .shared_per_sm = static_cast<uint32_t>(get(cudaDevAttrMaxSharedMemoryPerMultiprocessor))};
   });
   return known[index];
 }

@@ -91,9 +91,9 @@ multiply_tile(const int8_t* a, const int8_t* b, Epilogue e, int64_t row_blocks) 
     for (int at = 0; at < kDepth; at += 32) {
       uint32_t left[kMTiles][4], right[kNTiles / 2][4];
       BNB_UNROLL
-      for (int i = 0; i < kMTiles; ++i) dev::load_matrix<4>(left[i], a_at + offset + i * 16 * kPitch + at);
+      for (int i = 0; i < kMTiles; ++i) dev::load_matrices(left[i], a_at + offset + i * 16 * kPitch + at);
       BNB_UNROLL
-      for (int j = 0; j < kNTiles / 2; ++j) dev::load_matrix<4>(right[j], b_at + offset + j * 16 * kPitch + at);
+      for (int j = 0; j < kNTiles / 2; ++j) dev::load_matrices(right[j], b_at + offset + j * 16 * kPitch + at);
       BNB_UNROLL
       for (int i = 0; i < kMTiles; ++i) BNB_UNROLL
       for (int j = 0; j < kNTiles; ++j) {
