@@ -21,8 +21,17 @@ namespace {
 constexpr int kDepth = 256;  // columns of a warp
 constexpr int kBatch = 16;   // items of a block, at most, whose sums wait for the next slice
 
-// Every thread has 128 registers, or 256 where more than one tile of a is kept.
-constexpr int warps_of(int tiles) { return tiles == 1 ? 16 : 8; }
+struct Config {
+  int granule, halves;  // weights with one scale; granules side by side in the four lanes of a row
+  int tiles;            // of 8 rows of a
+  int steps;            // units of a warp that are in flight, and steps between two barriers
+  // Every thread has 128 registers, or 256 where more than one tile of a is kept.
+  constexpr int warps() const { return tiles == 1 ? 16 : 8; }
+  constexpr int threads() const { return warps() * static_cast<int>(dev::kWarp); }
+  constexpr int rows() const { return tiles * 8 / halves; }  // of a, at most
+  constexpr int chunk() const { return granule * halves; }   // columns that the lanes of a row load at once
+  constexpr int chunks() const { return kDepth / chunk(); }
+};
 
 struct Split {
   int slices;         // of k
@@ -41,31 +50,60 @@ Split split_of(int64_t n, int64_t k, int warps, int sms) {
 }
 
 // The upper half of a line takes the sums of a warp, one register of 32 lanes each.
-template <int tiles, int steps> struct Shared {
-  static constexpr int kWarps = warps_of(tiles);
-  static_assert(2 * steps * kWarps * tiles * 4 <= kLines);
+template <Config c> struct Shared {
+  static_assert(2 * c.steps * c.warps() * c.tiles * 4 <= kLines);
   uint8_t lines[kLines][kLine];
-  float sums[kBatch][tiles * 128];  // of earlier slices
+  float sums[kBatch][c.tiles * 128];  // of earlier slices
 
   BNB_DEVICE float& partial(int buffer, int step, int warp, int tile, int i, int lane) {
-    return reinterpret_cast<float*>(lines[(((buffer * steps + step) * kWarps + warp) * tiles + tile) * 4 + i])[dev::kWarp + lane];
+    return reinterpret_cast<float*>(lines[(((buffer * c.steps + step) * c.warps() + warp) * c.tiles + tile) * 4 + i])[dev::kWarp + lane];
   }
 };
 
-// A warp's 256 columns of 16 rows: what a lane loads, and whence.
-template <int granule, int halves> struct Unit {
-  static constexpr int kChunk = granule * halves, kChunks = kDepth / kChunk;  // columns that the lanes of a row load at once
-  static constexpr int kWords = kChunk / 32;                                  // of a lane and row
-  static constexpr int kSlots = kDepth / granule / 4;                         // scales of a lane and row
-  uint32_t codes[2][kChunks][kWords] = {}, scale[2][kSlots];
+// ---- the order of work: all items of a slice, then the next slice. An item is `groups` tiles of 16 rows side by side; a block has every
+// so many.
+struct Cursor {
+  int left, item, row, column;  // steps, item of the slice, this lane's first row, the warp's first column
+};
+struct Schedule {
+  int count;        // items of the block in a slice
+  int row_step;     // rows from one item to the next
+  int column_step;  // columns from one slice to the next
 
-  // The first weight of a lane's row, and the block of a scale. Rows beyond the end are computed and dropped.
+  BNB_DEVICE explicit Schedule(const Split& split)
+      : count((split.items - static_cast<int>(dev::block().x) + split.blocks - 1) / split.blocks),
+        row_step(split.blocks * split.rows),
+        column_step(split.slice_columns) {}
+  BNB_DEVICE void advance(Cursor& at) const {
+    at.left -= 1;
+    at.item += 1;
+    at.row += row_step;
+    if (at.item == count) {
+      at.item = 0;
+      at.row -= count * row_step;
+      at.column += column_step;
+    }
+  }
+  BNB_DEVICE Cursor ahead(Cursor at, int by) const {
+    BNB_UNROLL
+    for (int i = 0; i < by; ++i) advance(at);
+    return at;
+  }
+};
+
+// ---- operand W: a warp's 256 columns of 16 rows, what a lane loads, and whence
+template <Config c> struct Unit {
+  static constexpr int kWords = c.chunk() / 32;          // of a lane and row
+  static constexpr int kSlots = kDepth / c.granule / 4;  // scales of a lane and row
+  uint32_t codes[2][c.chunks()][kWords] = {}, scale[2][kSlots];
+
+  // The first weight of a lane's row, and the block of a scale. Rows past the end are computed and dropped.
   BNB_DEVICE static uint64_t begin_of(const Weight& w, int row, int half) {
     const auto r = static_cast<uint32_t>(row) + half * 8, last = static_cast<uint32_t>(w.n) - 1;
     return static_cast<uint64_t>(r < last ? r : last) * static_cast<uint32_t>(w.k);
   }
   BNB_DEVICE static int64_t block_of(const Weight& w, uint64_t begin, int column, int slot) {
-    const uint32_t at = static_cast<uint32_t>(column) + (slot * 4 + dev::lane() % 4) * granule;
+    const uint32_t at = static_cast<uint32_t>(column) + (slot * 4 + dev::lane() % 4) * c.granule;
     return static_cast<int64_t>((begin + (at < static_cast<uint32_t>(w.k) ? at : 0)) >> w.log2_block);
   }
 
@@ -73,174 +111,177 @@ template <int granule, int halves> struct Unit {
     const uint8_t* codes[2];
     int left;  // columns from the lane's first on
   };
-  BNB_DEVICE Source begin(const Weight& w, const Scales& scales, int row, int column, bool any) {
-    const int lane_column = column + static_cast<int>(dev::lane()) % 4 * (kChunk / 4);
+  BNB_DEVICE Source begin(const Weight& w, const Scales& scales, const Cursor& at) {
+    const int lane_column = at.column + static_cast<int>(dev::lane()) % 4 * (c.chunk() / 4);
     Source from;
     BNB_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const uint64_t first = begin_of(w, row, half);
+      const uint64_t first = begin_of(w, at.row, half);
       from.codes[half] = w.codes + (first + static_cast<uint32_t>(lane_column)) / 2;
       BNB_UNROLL
-      for (int i = 0; i < kSlots; ++i) scale[half][i] = scales.fetch(block_of(w, first, column, i));
+      for (int i = 0; i < kSlots; ++i) scale[half][i] = scales.fetch(block_of(w, first, at.column, i));
     }
-    from.left = any ? static_cast<int>(w.k) - lane_column : 0;
+    from.left = at.left > 0 ? static_cast<int>(w.k) - lane_column : 0;
     return from;
   }
-  // Columns beyond k keep old codes and have some scale of their row: a is 0 there.
+  // Columns past k keep old codes and have some scale of their row: a is 0 there.
   BNB_DEVICE void load(const Source& from, int half, int chunk) {
-    if (chunk * kChunk >= from.left) return;
+    if (chunk * c.chunk() >= from.left) return;
     using Wide = Bits<kWords * 4>;
-    const void* at = from.codes[half] + chunk * (kChunk / 2);
+    const void* at = from.codes[half] + chunk * (c.chunk() / 2);
     const Wide v = kWords == 1 ? dev::load_const<Wide>(at) : dev::load_once<Wide>(at);
     BNB_UNROLL
     for (int i = 0; i < kWords; ++i) codes[half][chunk][i] = v.word[i];
   }
+  BNB_DEVICE void load_all(const Source& from) {
+    BNB_UNROLL
+    for (int i = 0; i < 2 * c.chunks(); ++i) load(from, i % 2, i / 2);
+  }
+  // `cursor()` is asked for only where scales are nested.
+  template <class F> BNB_DEVICE void decode_scales(const Weight& w, const Scales& scales, F&& cursor, float (&to)[2][kSlots]) const {
+    BNB_UNROLL
+    for (int i = 0; i < 2 * kSlots; ++i)
+      to[i % 2][i / 2] = scales.decode(scale[i % 2][i / 2], [&] {
+        const Cursor at = cursor();
+        return block_of(w, begin_of(w, at.row, i % 2), at.column, i / 2);
+      });
+  }
 };
 
-// `steps`: units of a warp that are in flight, and steps between two barriers.
-template <class T, int granule, int halves, int tiles, int steps>
-BNB_KERNEL(warps_of(tiles) * 32, 1)
-multiply(Weight w, const T* a, int m, Result result, Split split) {
-  if constexpr (dev::kArch >= 80) {
-    using U = Unit<granule, halves>;
-    using S = Shared<tiles, steps>;
-    constexpr int kChunk = U::kChunk, kThreads = warps_of(tiles) * 32;
+// ---- operand a: the warp's 256 columns of all rows, in the order of W's; zeros past m and k
+template <Config c> using Activations = uint32_t[c.tiles][kDepth / 16][2];
 
-    auto& s = dev::shared<S>();
-    const uint8_t* lines = s.lines[0];
-    const uint32_t lane_offset = StretchedPairs<T>::lane_offset();
-    const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp()), g = lane / 4, t = lane % 4;
-    const int group = warp / split.k_warps, part = warp % split.k_warps;
-    const int k = static_cast<int>(w.k), n = static_cast<int>(w.n);
-    const Scales scales(w);
-
-    uint32_t x[tiles][kDepth / 16][2];
-    const auto load_x = [&](int column) {
-      BNB_UNROLL
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int row = halves == 1 ? tile * 8 + g : tile * 4 + g % 4, at = column + t * (kChunk / 4);
-        const int left = row < m && (halves == 1 || g / 4 == t / 2) ? k - at : 0;
-        const T* from = a + static_cast<int64_t>(row) * k + at;
-        BNB_UNROLL
-        for (int i = 0; i < kDepth / 32; ++i) {
-          const int chunk = i * 32 / kChunk * kChunk;
-          Bits<16> v = {};
-          if (chunk < left) v = dev::load_const<Bits<16>>(from + chunk + i % (kChunk / 32) * 8);
-          x[tile][2 * i][0] = v.word[0], x[tile][2 * i][1] = v.word[1], x[tile][2 * i + 1][0] = v.word[2],
-                      x[tile][2 * i + 1][1] = v.word[3];
-        }
-      }
-    };
-
-    // Steps: all items of a slice, then the next slice. An item is `groups` tiles of 16 rows side by side; a block has every so many.
-    struct Cursor {
-      int left, item, row, column;  // steps, item of the slice, this lane's first row, the warp's first column
-    };
-    const int first = static_cast<int>(dev::block().x), count = (split.items - first + split.blocks - 1) / split.blocks;
-    const Cursor start = {count * split.slices, 0, first * split.rows + group * 16 + g, group < split.groups ? part * kDepth : k};
-    const auto advance = [&](Cursor& c) {
-      c.left -= 1, c.item += 1, c.row += split.blocks * split.rows;
-      if (c.item == count) c.item = 0, c.row -= count * (split.blocks * split.rows), c.column += split.slice_columns;
-    };
-    const auto ahead = [&](Cursor c, int by) {
-      BNB_UNROLL
-      for (int i = 0; i < by; ++i) advance(c);
-      return c;
-    };
-    U unit[steps];
+template <class T, Config c> BNB_DEVICE void load_activations(const T* a, int m, int k, int column, Activations<c>& x) {
+  const int lane = static_cast<int>(dev::lane()), g = lane / 4, t = lane % 4;
+  BNB_UNROLL
+  for (int tile = 0; tile < c.tiles; ++tile) {
+    const int row = c.halves == 1 ? tile * 8 + g : tile * 4 + g % 4, at = column + t * (c.chunk() / 4);
+    const int left = row < m && (c.halves == 1 || g / 4 == t / 2) ? k - at : 0;
+    const T* from = a + static_cast<int64_t>(row) * k + at;
     BNB_UNROLL
-    for (int step = 0; step < steps; ++step) {
-      const Cursor c = ahead(start, step);
-      const auto from = unit[step].begin(w, scales, c.row, c.column, c.left > 0);
-      BNB_UNROLL
-      for (int i = 0; i < 2 * U::kChunks; ++i) unit[step].load(from, i % 2, i / 2);
-    }
-    load_x(start.column);
-    StretchedPairs<T>::fill(s.lines[0], w.type);
-    dev::barrier();
-
-    int buffer = 0;
-    for (Cursor now = start; now.left > 0; now = ahead(now, steps), buffer ^= 1) {
-      BNB_UNROLL
-      for (int step = 0; step < steps; ++step) {
-        if (step >= now.left) break;
-        U& u = unit[step];
-        float scale[2][U::kSlots];
-        BNB_UNROLL
-        for (int i = 0; i < 2 * U::kSlots; ++i)
-          scale[i % 2][i / 2] = scales.decode(u.scale[i % 2][i / 2], [&] {
-            const Cursor c = ahead(now, step);
-            return U::block_of(w, U::begin_of(w, c.row, i % 2), c.column, i / 2);
-          });
-        const Cursor next = ahead(now, step + steps);
-        const auto from = u.begin(w, scales, next.row, next.column, next.left > 0);
-
-        float total[tiles][4] = {};
-        BNB_UNROLL
-        for (int c = 0; c < U::kChunks; ++c) {
-          float d[tiles][4] = {};
-          BNB_UNROLL
-          for (int i = 0; i < kChunk / 16; ++i) {
-            uint32_t pairs[4];
-            BNB_UNROLL
-            for (int j = 0; j < 4; ++j) pairs[j] = StretchedPairs<T>::pair(lines, u.codes[j % 2][c][i / 2], i % 2 * 2 + j / 2, lane_offset);
-            BNB_UNROLL
-            for (int tile = 0; tile < tiles; ++tile) dev::mma<T>(d[tile], pairs, x[tile][c * (kChunk / 16) + i]);
-          }
-          const int first_granule = c * halves;
-          const unsigned owner = static_cast<unsigned>(lane - t + first_granule % 4 + (halves == 2 ? t / 2 : 0));
-          BNB_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const float by = dev::shuffle(scale[half][first_granule / 4], owner);
-            BNB_UNROLL
-            for (int tile = 0; tile < tiles; ++tile) BNB_UNROLL
-            for (int i = 2 * half; i < 2 * half + 2; ++i) total[tile][i] = dev::fma(d[tile][i], by, total[tile][i]);
-            u.load(from, half, c);
-          }
-        }
-        BNB_UNROLL
-        for (int i = 0; i < tiles * 4; ++i)
-          if ((halves == 1 ? i / 4 * 8 + 2 * t : 2 * t % 4) + i % 2 < m)
-            s.partial(buffer, step, warp, i / 4, i % 4, lane) = total[i / 4][i % 4];
-
-        const Cursor follows = ahead(now, step + 1);
-        if (follows.item == 0 && follows.left > 0) load_x(follows.column);
-      }
-      dev::barrier();  // and none after the sums are read: the next ones go to the other buffer
-
-      BNB_KEEP_LOOP
-      for (int p = static_cast<int>(dev::thread()); p < split.groups * tiles * 128; p += kThreads) {
-        const int at = p % 32, i = p / 32 % 4, tile = p / 128 % tiles, p_group = p / (128 * tiles);
-        const int row_of_a = tile * 8 + at % 4 * 2 + i % 2;
-        if (row_of_a >= m || (halves == 2 && at % 4 >= 2)) continue;
-        Cursor c = now;
-        BNB_KEEP_LOOP
-        for (int step = 0; step < steps && c.left > 0; ++step, advance(c)) {
-          float sum = 0;
-          BNB_KEEP_LOOP
-          for (int j = p_group * split.k_warps; j < (p_group + 1) * split.k_warps; ++j) {
-            sum = dev::add(sum, s.partial(buffer, step, j, tile, i, at));
-            if constexpr (halves == 2) sum = dev::add(sum, s.partial(buffer, step, j, tile, i, at + 2));
-          }
-          if (split.slices > 1) {  // one group: p counts within the item
-            if (c.left <= count * (split.slices - 1)) sum = dev::add(s.sums[c.item][p], sum);
-            s.sums[c.item][p] = sum;
-            if (c.left > count) continue;
-          }
-          const int row = (first + c.item * split.blocks) * split.rows + p_group * 16 + i / 2 * 8 + at / 4;
-          if (row < n)
-            static_cast<T*>(result.y)[row_of_a * w.n + row] =
-                dev::round_to<T>(dev::add(dev::mul(sum, kStretched<T>.inverse[static_cast<int>(w.type)]), bias_at(result, row)));
-        }
-      }
+    for (int i = 0; i < kDepth / 32; ++i) {
+      const int chunk = i * 32 / c.chunk() * c.chunk();
+      Bits<16> v = {};
+      if (chunk < left) v = dev::load_const<Bits<16>>(from + chunk + i % (c.chunk() / 32) * 8);
+      x[tile][2 * i][0] = v.word[0];
+      x[tile][2 * i][1] = v.word[1];
+      x[tile][2 * i + 1][0] = v.word[2];
+      x[tile][2 * i + 1][1] = v.word[3];
     }
   }
 }
 
-struct Config {
-  int granule, halves, tiles, steps;
-  constexpr int rows() const { return tiles * 8 / halves; }  // of a, at most
-};
+// ---- mathematics: a step. Sums of each granule by mma, times its scale; codes that are done with give way to those of `next`.
+template <class T, Config c>
+BNB_DEVICE void multiply_unit(Unit<c>& u, const typename Unit<c>::Source& next, const uint8_t* lines, const Activations<c>& x,
+                              const float (&scale)[2][Unit<c>::kSlots], float (&total)[c.tiles][4]) {
+  const int lane = static_cast<int>(dev::lane()), t = lane % 4;
+  const uint32_t lane_offset = StretchedPairs<T>::lane_offset();
+  BNB_UNROLL
+  for (int chunk = 0; chunk < c.chunks(); ++chunk) {
+    float d[c.tiles][4] = {};
+    BNB_UNROLL
+    for (int i = 0; i < c.chunk() / 16; ++i) {
+      uint32_t pairs[4];
+      BNB_UNROLL
+      for (int j = 0; j < 4; ++j) pairs[j] = StretchedPairs<T>::pair(lines, u.codes[j % 2][chunk][i / 2], i % 2 * 2 + j / 2, lane_offset);
+      BNB_UNROLL
+      for (int tile = 0; tile < c.tiles; ++tile) dev::mma<T>(d[tile], pairs, x[tile][chunk * (c.chunk() / 16) + i]);
+    }
+    const int first_granule = chunk * c.halves;
+    const unsigned owner = static_cast<unsigned>(lane - t + first_granule % 4 + (c.halves == 2 ? t / 2 : 0));
+    BNB_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float by = dev::shuffle(scale[half][first_granule / 4], owner);
+      BNB_UNROLL
+      for (int tile = 0; tile < c.tiles; ++tile) BNB_UNROLL
+      for (int i = 2 * half; i < 2 * half + 2; ++i) total[tile][i] = dev::fma(d[tile][i], by, total[tile][i]);
+      u.load(next, half, chunk);
+    }
+  }
+}
+
+// ---- epilogue: sums of warps to shared memory; added there in one order, over slices too; then y = T(sum / prescale + bias)
+template <Config c> BNB_DEVICE void keep_sums(Shared<c>& s, int buffer, int step, int m, const float (&total)[c.tiles][4]) {
+  const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp()), t = lane % 4;
+  BNB_UNROLL
+  for (int i = 0; i < c.tiles * 4; ++i)
+    if ((c.halves == 1 ? i / 4 * 8 + 2 * t : 2 * t % 4) + i % 2 < m)
+      s.partial(buffer, step, warp, i / 4, i % 4, lane) = total[i / 4][i % 4];
+}
+
+template <class T, Config c>
+BNB_DEVICE void store_sums(Shared<c>& s, int buffer, const Schedule& schedule, const Cursor& now, const Split& split, const Weight& w,
+                           int m, const Result& result) {
+  const int first = static_cast<int>(dev::block().x), n = static_cast<int>(w.n);
+  BNB_KEEP_LOOP
+  for (int p = static_cast<int>(dev::thread()); p < split.groups * c.tiles * 128; p += c.threads()) {
+    const int at = p % 32, i = p / 32 % 4, tile = p / 128 % c.tiles, group = p / (128 * c.tiles);
+    const int row_of_a = tile * 8 + at % 4 * 2 + i % 2;
+    if (row_of_a >= m || (c.halves == 2 && at % 4 >= 2)) continue;
+    Cursor cursor = now;
+    BNB_KEEP_LOOP
+    for (int step = 0; step < c.steps && cursor.left > 0; ++step, schedule.advance(cursor)) {
+      float sum = 0;
+      BNB_KEEP_LOOP
+      for (int j = group * split.k_warps; j < (group + 1) * split.k_warps; ++j) {
+        sum = dev::add(sum, s.partial(buffer, step, j, tile, i, at));
+        if constexpr (c.halves == 2) sum = dev::add(sum, s.partial(buffer, step, j, tile, i, at + 2));
+      }
+      if (split.slices > 1) {  // one group: p counts within the item
+        if (cursor.left <= schedule.count * (split.slices - 1)) sum = dev::add(s.sums[cursor.item][p], sum);
+        s.sums[cursor.item][p] = sum;
+        if (cursor.left > schedule.count) continue;
+      }
+      const int row = (first + cursor.item * split.blocks) * split.rows + group * 16 + i / 2 * 8 + at / 4;
+      if (row < n)
+        static_cast<T*>(result.y)[row_of_a * w.n + row] =
+            dev::round_to<T>(dev::add(dev::mul(sum, kStretched<T>.inverse[static_cast<int>(w.type)]), bias_at(result, row)));
+    }
+  }
+}
+
+template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight w, const T* a, int m, Result result, Split split) {
+  if constexpr (dev::kArch >= 80) {
+    auto& s = dev::shared<Shared<c>>();
+    const int warp = static_cast<int>(dev::warp()), group = warp / split.k_warps, part = warp % split.k_warps;
+    const int k = static_cast<int>(w.k);
+    const Scales scales(w);
+    const Schedule schedule(split);
+    const Cursor start = {.left = schedule.count * split.slices,
+                          .item = 0,
+                          .row = static_cast<int>(dev::block().x) * split.rows + group * 16 + static_cast<int>(dev::lane()) / 4,
+                          .column = group < split.groups ? part * kDepth : k};
+
+    Unit<c> unit[c.steps];
+    BNB_UNROLL
+    for (int step = 0; step < c.steps; ++step) unit[step].load_all(unit[step].begin(w, scales, schedule.ahead(start, step)));
+    Activations<c> x;
+    load_activations<T, c>(a, m, k, start.column, x);
+    StretchedPairs<T>::fill(s.lines[0], w.type);
+    dev::barrier();
+
+    int buffer = 0;
+    for (Cursor now = start; now.left > 0; now = schedule.ahead(now, c.steps), buffer ^= 1) {
+      BNB_UNROLL
+      for (int step = 0; step < c.steps; ++step) {
+        if (step >= now.left) break;
+        Unit<c>& u = unit[step];
+        float scale[2][Unit<c>::kSlots];
+        u.decode_scales(w, scales, [&] { return schedule.ahead(now, step); }, scale);
+        const auto next = u.begin(w, scales, schedule.ahead(now, step + c.steps));
+        float total[c.tiles][4] = {};
+        multiply_unit<T, c>(u, next, s.lines[0], x, scale, total);
+        keep_sums<c>(s, buffer, step, m, total);
+        const Cursor follows = schedule.ahead(now, step + 1);
+        if (follows.item == 0 && follows.left > 0) load_activations<T, c>(a, m, k, follows.column, x);
+      }
+      dev::barrier();  // and none after the sums are read: the next ones go to the other buffer
+      store_sums<T, c>(s, buffer, schedule, now, split, w, m, result);
+    }
+  }
+}
+
 // Wide loads where four rows of a are enough; then one, two or four tiles of eight.
 constexpr Config kConfigs[] = {{64, 2, 1, 2}, {64, 1, 1, 2}, {64, 1, 2, 2}, {64, 1, 4, 1},
                                {32, 2, 1, 1}, {32, 1, 1, 1}, {32, 1, 2, 2}, {32, 1, 4, 1}};
@@ -257,7 +298,7 @@ void offer_rows(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>&
   const Rates rates = rates_of(device.arch);
   for (size_t i = 0; i < std::size(kConfigs); ++i) {
     const Config& c = kConfigs[i];
-    const Split split = split_of(d.n, d.k, warps_of(c.tiles), device.sms);
+    const Split split = split_of(d.n, d.k, c.warps(), device.sms);
     if ((d.m > c.rows() && c.tiles < 4) || d.blocksize % c.granule != 0 || d.k % c.granule != 0) continue;
     const int64_t steps = parts(split.items, split.blocks) * split.slices * parts(split.blocks, device.sms);
     // A step of a warp: 64 lines of shared memory, one a clock, and its sums; 2 KiB of W, which narrow loads make dearer.
@@ -274,7 +315,7 @@ void offer_rows(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>&
 void run_rows(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
   const auto launch = [&]<class T, int config>(T) {
     constexpr Config c = kConfigs[config];
-    const Split split = split_of(d.n, d.k, warps_of(c.tiles), dev::device().sms);
+    const Split split = split_of(d.n, d.k, c.warps(), dev::device().sms);
     for (int64_t row = 0; row < d.m; row += c.rows()) {
       Result result = result_of(d);
       result.y = static_cast<T*>(result.y) + row * d.n;
@@ -282,10 +323,10 @@ void run_rows(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
                    .dtype = d.a.dtype,
                    .shape = {d.m, d.n, d.k},
                    .grid = {static_cast<uint32_t>(split.blocks)},
-                   .threads = warps_of(c.tiles) * dev::kWarp,
-                   .shared = sizeof(Shared<c.tiles, c.steps>),
+                   .threads = static_cast<uint32_t>(c.threads()),
+                   .shared = sizeof(Shared<c>),
                    .stream = stream},
-                  multiply<T, c.granule, c.halves, c.tiles, c.steps>, weight_of(d), static_cast<const T*>(d.a.data) + row * d.k,
+                  multiply<T, c>, weight_of(d), static_cast<const T*>(d.a.data) + row * d.k,
                   static_cast<int>(std::min<int64_t>(d.m - row, c.rows())), result, split);
     }
   };

@@ -48,181 +48,289 @@ template <class T> struct ExactPairs {
   }
 };
 
-struct Part {
-  int splits, per_split, steps;  // of k; steps of 64 columns of a split, and of all
-  float* sums;                   // splits x m x n, if there are more than one
+struct Config {
+  int warps;
+  int row_tiles;  // of 16 rows of W per warp
+  int tiles;      // of 8 rows of a
+  bool exact;
+  constexpr int threads() const { return warps * static_cast<int>(dev::kWarp); }
+  constexpr int columns() const { return warps * row_tiles * 16; }
+  constexpr int rows() const { return tiles * 8; }
+  constexpr int stage_bytes() const { return rows() * kPitch; }
+  constexpr int out_pitch() const { return columns() + 8; }  // elements of a row of the tile of y in shared memory
+  // Steps that codes are loaded before their use: with many tiles a step takes longer.
+  constexpr int ahead() const { return tiles > 4 ? 1 : 3; }
+  // A step is four mma along k. Weights are decoded for so many of them at once, as registers allow.
+  constexpr int passes() const { return exact || tiles > 4 ? 2 : 1; }
+  constexpr int mma_per_pass() const { return 4 / passes(); }
+  uint32_t shared(int arch) const {
+    return static_cast<uint32_t>(std::max(table_bytes(arch) + kStages * stage_bytes(), rows() * out_pitch() * 2));
+  }
 };
 
-template <class T, int warps, int row_tiles, int tiles, bool exact>
-BNB_KERNEL(warps * 32, 1)
-multiply(Weight w, const T* a, int m, Result result, Part part) {
-  if constexpr (dev::kHasMma<T> && (exact || dev::kArch >= 80)) {
-    constexpr int kThreads = warps * 32, kColumns = warps * row_tiles * 16, kRows = tiles * 8, kStage = kRows * kPitch;
-    constexpr int kAhead = tiles > 4 ? 1 : 3;  // steps that codes are loaded before their use: a step takes longer then
-    constexpr int kHalves = exact || tiles > 4 ? 2 : 1, kSteps = 4 / kHalves;  // weights are decoded for so many mma at once
-    auto* shared = &dev::shared<uint8_t>();
-    auto* stages = shared + table_bytes(dev::kArch);
-    const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp()), g = lane / 4, t = lane % 4;
-    const int k = static_cast<int>(w.k), n = static_cast<int>(w.n);
+struct KSplit {
+  int splits, steps_per_split, steps;  // of k; steps of 64 columns
+  float* sums;                         // splits x m x n, if there are more than one
+};
 
-    const int split = static_cast<int>(dev::block().z);
-    const int first_row = static_cast<int>(dev::block().x) * kRows, first_column = static_cast<int>(dev::block().y) * kColumns;
-    const int begin = split * part.per_split, end = begin + part.per_split < part.steps ? begin + part.per_split : part.steps;
+// What a block and a thread have of the product.
+template <Config c> struct Position {
+  int warp, g, t;               // g, t: lane / 4 and lane % 4, as in fragments of mma
+  int first_row, first_column;  // of the block's tile of y
+  int split, begin, end;        // the block's steps of k
 
-    // ---- W
-    const Scales scales(w);
-    const int first_of_lane = first_column + warp * row_tiles * 16 + g;
-    const auto row_begin = [&](int i) {  // the first weight of one of the lane's rows; rows beyond the end are computed and dropped
-      const int row = first_of_lane + i * 8;
-      return static_cast<uint64_t>(static_cast<uint32_t>(row < n ? row : n - 1)) * static_cast<uint32_t>(k);
-    };
-    uint32_t codes[kAhead][row_tiles][2][2] = {}, fetched[kAhead][row_tiles][2] = {};
-    // Beyond k old codes stay, with some scale of their row: a is 0 there.
-    const auto lane_column = [&](int step) {
-      const int at = step * kDepth + t * 16;
-      return at < k ? at : 0;
-    };
-    const auto load_codes = [&](int ring, int step) {
-      if (step >= end) return;
-      const auto at = static_cast<uint32_t>(lane_column(step));
-      BNB_UNROLL
-      for (int i = 0; i < row_tiles * 2; ++i) {
-        const uint64_t from = row_begin(i) + at;
-        const auto v = dev::load_once<Bits<8>>(w.codes + from / 2);
-        codes[ring][i / 2][i % 2][0] = v.word[0], codes[ring][i / 2][i % 2][1] = v.word[1];
-        fetched[ring][i / 2][i % 2] = scales.fetch(static_cast<int64_t>(from >> w.log2_block));
+  BNB_DEVICE explicit Position(const KSplit& k) {
+    const int lane = static_cast<int>(dev::lane());
+    warp = static_cast<int>(dev::warp()), g = lane / 4, t = lane % 4;
+    split = static_cast<int>(dev::block().z);
+    first_row = static_cast<int>(dev::block().x) * c.rows(), first_column = static_cast<int>(dev::block().y) * c.columns();
+    begin = split * k.steps_per_split;
+    end = begin + k.steps_per_split < k.steps ? begin + k.steps_per_split : k.steps;
+  }
+  // Where sum j of a 16 x 8 tile of mma is in the block's tile of y.
+  BNB_DEVICE int column(int row_tile, int j) const { return (warp * c.row_tiles + row_tile) * 16 + j / 2 * 8 + g; }
+  BNB_DEVICE int row(int tile, int j) const { return tile * 8 + 2 * t + j % 2; }
+};
+
+// ---- operand W: codes and scales of a warp's rows, loaded `ahead` steps before their use
+template <Config c> class WeightOperand {
+ public:
+  BNB_DEVICE WeightOperand(const Weight& w, const Position<c>& at)
+      : w_(w), scales_(w), n_(static_cast<int>(w.n)), k_(static_cast<int>(w.k)), t_(at.t), end_(at.end) {
+    first_row_ = at.first_column + at.warp * c.row_tiles * 16 + at.g;
+  }
+  BNB_DEVICE void load(int ring, int step) {
+    if (step >= end_) return;
+    const auto at = static_cast<uint32_t>(lane_column(step));
+    BNB_UNROLL
+    for (int i = 0; i < c.row_tiles * 2; ++i) {
+      const uint64_t from = row_begin(i) + at;
+      const auto v = dev::load_once<Bits<8>>(w_.codes + from / 2);
+      codes_[ring][i / 2][i % 2][0] = v.word[0];
+      codes_[ring][i / 2][i % 2][1] = v.word[1];
+      fetched_[ring][i / 2][i % 2] = scales_.fetch(static_cast<int64_t>(from >> w_.log2_block));
+    }
+  }
+  BNB_DEVICE void decode_scales(int ring, int step, float (&scale)[c.row_tiles][2]) const {
+    BNB_UNROLL
+    for (int i = 0; i < c.row_tiles * 2; ++i)
+      scale[i / 2][i % 2] = scales_.decode(fetched_[ring][i / 2][i % 2], [&] {
+        return static_cast<int64_t>((row_begin(i) + static_cast<uint32_t>(lane_column(step))) >> w_.log2_block);
+      });
+  }
+  // Two codes of row `half` (0, 1) of a tile are byte `byte` of this word.
+  BNB_DEVICE uint32_t word(int ring, int row_tile, int half, int i) const { return codes_[ring][row_tile][half][i]; }
+
+ private:
+  // The first weight of one of the lane's rows. Rows past the end are computed and dropped.
+  BNB_DEVICE uint64_t row_begin(int i) const {
+    const int row = first_row_ + i * 8;
+    return static_cast<uint64_t>(static_cast<uint32_t>(row < n_ ? row : n_ - 1)) * static_cast<uint32_t>(k_);
+  }
+  // Past k some other codes and a scale of the row: a is 0 there.
+  BNB_DEVICE int lane_column(int step) const {
+    const int at = step * kDepth + t_ * 16;
+    return at < k_ ? at : 0;
+  }
+
+  const Weight& w_;
+  Scales scales_;
+  int n_, k_, t_, end_, first_row_;
+  uint32_t codes_[c.ahead()][c.row_tiles][2][2] = {}, fetched_[c.ahead()][c.row_tiles][2] = {};
+};
+
+// Decoding pairs of codes to pairs of T, by a table in shared memory.
+template <class T, bool exact> class Decoder {
+ public:
+  BNB_DEVICE Decoder(uint8_t* table, QuantType type) : pairs_(table, type) {}
+  BNB_DEVICE uint32_t operator()(uint32_t codes, int byte, float scale) const { return pairs_(codes, byte, scale); }
+
+ private:
+  ExactPairs<T> pairs_;
+};
+template <class T> class Decoder<T, false> {
+ public:
+  BNB_DEVICE Decoder(uint8_t* table, QuantType type) : table_(table) {
+    StretchedPairs<T>::fill(table, type);
+    lane_offset_ = StretchedPairs<T>::lane_offset();
+  }
+  BNB_DEVICE uint32_t operator()(uint32_t codes, int byte, float) const {
+    return StretchedPairs<T>::pair(table_, codes, byte, lane_offset_);
+  }
+
+ private:
+  const uint8_t* table_;
+  uint32_t lane_offset_;
+};
+
+// ---- operand a: 16 bytes of a row per asynchronous copy into the stages; nothing is read past m and k, zeros are written
+template <class T, Config c> class ActivationOperand {
+ public:
+  BNB_DEVICE ActivationOperand(uint8_t* stages, const T* a, int m, int k, const Position<c>& at)
+      : stages_(stages),
+        k_(k),
+        rows_left_(m - at.first_row - copy_row()),
+        from_(a + static_cast<int64_t>(at.first_row + copy_row()) * k + copy_column()),
+        lane_offset_(at.g * kPitch + at.t * 32) {}
+  BNB_DEVICE void copy(int step) const {
+    constexpr int kCopyRows = c.threads() / 8;  // rows at a time
+    uint8_t* to = stages_ + step % kStages * c.stage_bytes() + copy_row() * kPitch + copy_column() * 2;
+    const T* from = from_ + step * kDepth;
+    const int rows_left = step * kDepth + copy_column() < k_ ? rows_left_ : 0;
+    BNB_UNROLL
+    for (int i = 0; i < c.rows(); i += kCopyRows, from += static_cast<int64_t>(kCopyRows) * k_)
+      if (c.rows() % kCopyRows == 0 || copy_row() + i < c.rows()) dev::copy_async<16>(to + i * kPitch, from, i < rows_left ? 16 : 0);
+  }
+  // What this lane needs of a step, for load().
+  BNB_DEVICE const uint8_t* lane_rows(int step) const { return stages_ + step % kStages * c.stage_bytes() + lane_offset_; }
+  BNB_DEVICE static void load(const uint8_t* rows, int tile, int pass, uint32_t (&fragments)[c.mma_per_pass()][2]) {
+    BNB_UNROLL
+    for (int j = 0; j < c.mma_per_pass(); j += 2) {
+      const auto v = dev::load_shared<Bits<16>>(rows + tile * 8 * kPitch + (pass * c.mma_per_pass() + j) * 8);
+      fragments[j][0] = v.word[0];
+      fragments[j][1] = v.word[1];
+      fragments[j + 1][0] = v.word[2];
+      fragments[j + 1][1] = v.word[3];
+    }
+  }
+
+ private:
+  BNB_DEVICE static int copy_row() { return static_cast<int>(dev::thread() / 8); }
+  BNB_DEVICE static int copy_column() { return static_cast<int>(dev::thread() % 8 * 8); }
+
+  uint8_t* stages_;
+  int k_, rows_left_;
+  const T* from_;
+  int lane_offset_;
+};
+
+// ---- mathematics: one step of k
+template <Config c> using Sums = float[c.row_tiles][c.tiles][4];
+template <Config c> using WeightFragments = uint32_t[c.row_tiles][c.mma_per_pass()][4];
+
+template <class T, Config c>
+BNB_DEVICE void decode(const Decoder<T, c.exact>& decoder, const WeightOperand<c>& w, int ring, int pass,
+                       const float (&scale)[c.row_tiles][2], WeightFragments<c>& fragments) {
+  BNB_UNROLL
+  for (int i = 0; i < c.row_tiles * c.mma_per_pass() * 4; ++i) {
+    const int r = i / 4 / c.mma_per_pass(), j = i / 4 % c.mma_per_pass(), at = pass * c.mma_per_pass() + j;
+    fragments[r][j][i % 4] = decoder(w.word(ring, r, i % 2, at / 2), at % 2 * 2 + i / 2 % 2, scale[r][i % 2]);
+  }
+}
+
+// Exact weights carry their scale. Of the others sums have it: those of one block, as it has no less than 64 weights.
+template <class T, Config c>
+BNB_DEVICE void multiply_pass(const uint8_t* a_rows, int pass, const WeightFragments<c>& weights, const float (&scale)[c.row_tiles][2],
+                              Sums<c>& sums) {
+  BNB_UNROLL
+  for (int tile = 0; tile < c.tiles; ++tile) {
+    uint32_t a[c.mma_per_pass()][2];
+    ActivationOperand<T, c>::load(a_rows, tile, pass, a);
+    BNB_UNROLL
+    for (int i = 0; i < c.row_tiles; ++i)
+      if constexpr (c.exact) {
+        BNB_UNROLL
+        for (int j = 0; j < c.mma_per_pass(); ++j) dev::mma<T>(sums[i][tile], weights[i][j], a[j]);
+      } else {
+        float d[4] = {};
+        BNB_UNROLL
+        for (int j = 0; j < c.mma_per_pass(); ++j) dev::mma<T>(d, weights[i][j], a[j]);
+        BNB_UNROLL
+        for (int j = 0; j < 4; ++j) sums[i][tile][j] = dev::fma(d[j], scale[i][j / 2], sums[i][tile][j]);
       }
-    };
+  }
+}
 
-    // ---- a: 16 bytes of a row a copy; nothing is read beyond m and k, zeros are written
-    const int copy_row = static_cast<int>(dev::thread() / 8), copy_column = static_cast<int>(dev::thread() % 8 * 8);
-    const T* const copy_from = a + static_cast<int64_t>(first_row + copy_row) * k + copy_column;
-    const auto copy_rows = [&](int step) {
-      uint8_t* to = stages + step % kStages * kStage + copy_row * kPitch + copy_column * 2;
-      const T* from = copy_from + step * kDepth;
-      const int rows_left = step * kDepth + copy_column < k ? m - first_row - copy_row : 0;
-      BNB_UNROLL
-      for (int i = 0; i < kRows; i += kThreads / 8, from += static_cast<int64_t>(kThreads / 8) * k)
-        if (kRows % (kThreads / 8) == 0 || copy_row + i < kRows) dev::copy_async<16>(to + i * kPitch, from, i < rows_left ? 16 : 0);
-    };
+// ---- epilogue: sums of a split as they are; or y = T(sum * factor + bias), through shared memory so that stores are whole rows
+template <Config c> BNB_DEVICE void store_split(const KSplit& k_split, const Position<c>& at, const Sums<c>& sums, int m, int n) {
+  BNB_UNROLL
+  for (int i = 0; i < c.row_tiles * c.tiles * 4; ++i) {
+    const int r = i / 4 / c.tiles, tile = i / 4 % c.tiles, row = at.first_row + at.row(tile, i % 4),
+              column = at.first_column + at.column(r, i % 4);
+    if (row < m && column < n) k_split.sums[(static_cast<int64_t>(at.split) * m + row) * n + column] = sums[r][tile][i % 4];
+  }
+}
+
+template <class T, Config c>
+BNB_DEVICE void round_sums(const Position<c>& at, const Sums<c>& sums, const Result& result, QuantType type, int n, T* tile_of_y) {
+  BNB_UNROLL
+  for (int i = 0; i < c.row_tiles; ++i) BNB_UNROLL
+  for (int j = 0; j < 4; j += 2) {
+    const int column = at.first_column + at.column(i, j);
+    const float bias = column < n ? bias_at(result, column) : 0;
+    BNB_UNROLL
+    for (int tile = 0; tile < c.tiles; ++tile) BNB_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const float factor = c.exact ? 1.0f : kStretched<T>.inverse[static_cast<int>(type)];
+      const float sum = c.exact ? sums[i][tile][j + h] : dev::mul(sums[i][tile][j + h], factor);
+      tile_of_y[at.row(tile, h) * c.out_pitch() + at.column(i, j)] = dev::round_to<T>(dev::add(sum, bias));
+    }
+  }
+}
+
+template <class T, Config c> BNB_DEVICE void store_rows(const Position<c>& at, const T* tile_of_y, T* y, int m, int n) {
+  constexpr int kVectors = c.columns() / 8;  // of a row
+  const bool whole = n % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
+  BNB_KEEP_LOOP
+  for (int p = static_cast<int>(dev::thread()); p < c.rows() * kVectors; p += c.threads()) {
+    const int row = p / kVectors, column = p % kVectors * 8;
+    if (at.first_row + row >= m) break;
+    T* to = y + static_cast<int64_t>(at.first_row + row) * n + at.first_column + column;
+    const T* values = tile_of_y + row * c.out_pitch() + column;
+    if (whole && at.first_column + column < n)
+      dev::store(to, dev::load_shared<Bits<16>>(values));
+    else
+      for (int i = 0; i < 8 && at.first_column + column + i < n; ++i) to[i] = values[i];
+  }
+}
+
+template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight w, const T* a, int m, Result result, KSplit k_split) {
+  if constexpr (dev::kHasMma<T> && (c.exact || dev::kArch >= 80)) {
+    auto* shared = &dev::shared<uint8_t>();  // | table of codes | stages of a |, then the tile of y
+    const int n = static_cast<int>(w.n);
+    const Position<c> at(k_split);
+    WeightOperand<c> weights(w, at);
+    const ActivationOperand<T, c> activations(shared + table_bytes(dev::kArch), a, m, static_cast<int>(w.k), at);
 
     BNB_UNROLL
-    for (int i = 0; i < kAhead; ++i) load_codes(i, begin + i);
+    for (int i = 0; i < c.ahead(); ++i) weights.load(i, at.begin + i);
     BNB_UNROLL
     for (int i = 0; i < kStages - 1; ++i) {
-      if (begin + i < end) copy_rows(begin + i);
+      if (at.begin + i < at.end) activations.copy(at.begin + i);
       dev::copy_commit();
     }
-    struct Empty {};
-    const auto pairs = [&] {
-      if constexpr (exact) {
-        return ExactPairs<T>(shared, w.type);
-      } else {
-        StretchedPairs<T>::fill(shared, w.type);
-        return Empty{};
-      }
-    }();
-    const uint32_t lane_offset = StretchedPairs<T>::lane_offset();
+    const Decoder<T, c.exact> decoder(shared, w.type);
 
-    float sums[row_tiles][tiles][4] = {};
-    for (int base = begin; base < end; base += kAhead) {
+    Sums<c> sums = {};
+    for (int base = at.begin; base < at.end; base += c.ahead()) {
       BNB_UNROLL
-      for (int ring = 0; ring < kAhead; ++ring) {
+      for (int ring = 0; ring < c.ahead(); ++ring) {
         const int step = base + ring;
-        if (step >= end) break;
+        if (step >= at.end) break;
         dev::copy_wait<kStages - 2>();
         dev::barrier();
-        if (step + kStages - 1 < end) copy_rows(step + kStages - 1);
+        if (step + kStages - 1 < at.end) activations.copy(step + kStages - 1);
         dev::copy_commit();
 
-        float scale[row_tiles][2];
+        float scale[c.row_tiles][2];
+        weights.decode_scales(ring, step, scale);
+        const uint8_t* a_rows = activations.lane_rows(step);
         BNB_UNROLL
-        for (int i = 0; i < row_tiles * 2; ++i)
-          scale[i / 2][i % 2] = scales.decode(fetched[ring][i / 2][i % 2], [&] {
-            return static_cast<int64_t>((row_begin(i) + static_cast<uint32_t>(lane_column(step))) >> w.log2_block);
-          });
-        const uint8_t* from = stages + step % kStages * kStage + g * kPitch + t * 32;
-        BNB_UNROLL
-        for (int half = 0; half < kHalves; ++half) {
-          uint32_t left[row_tiles][kSteps][4];
-          BNB_UNROLL
-          for (int i = 0; i < row_tiles * kSteps * 4; ++i) {
-            const int r = i / 4 / kSteps, j = i / 4 % kSteps, at = half * kSteps + j;
-            const uint32_t word = codes[ring][r][i % 2][at / 2];
-            const int byte = at % 2 * 2 + i / 2 % 2;
-            if constexpr (exact)
-              left[r][j][i % 4] = pairs(word, byte, scale[r][i % 2]);
-            else
-              left[r][j][i % 4] = StretchedPairs<T>::pair(shared, word, byte, lane_offset);
-          }
-          if (half == kHalves - 1) load_codes(ring, step + kAhead);
-          BNB_UNROLL
-          for (int tile_m = 0; tile_m < tiles; ++tile_m) {
-            uint32_t right[kSteps][2];
-            BNB_UNROLL
-            for (int j = 0; j < kSteps; j += 2) {
-              const auto v = dev::load_shared<Bits<16>>(from + tile_m * 8 * kPitch + (half * kSteps + j) * 8);
-              right[j][0] = v.word[0], right[j][1] = v.word[1], right[j + 1][0] = v.word[2], right[j + 1][1] = v.word[3];
-            }
-            BNB_UNROLL
-            for (int i = 0; i < row_tiles; ++i)
-              if constexpr (exact) {
-                BNB_UNROLL
-                for (int j = 0; j < kSteps; ++j) dev::mma<T>(sums[i][tile_m], left[i][j], right[j]);
-              } else {
-                float d[4] = {};
-                BNB_UNROLL
-                for (int j = 0; j < kSteps; ++j) dev::mma<T>(d, left[i][j], right[j]);
-                BNB_UNROLL
-                for (int j = 0; j < 4; ++j) sums[i][tile_m][j] = dev::fma(d[j], scale[i][j / 2], sums[i][tile_m][j]);
-              }
-          }
+        for (int pass = 0; pass < c.passes(); ++pass) {
+          WeightFragments<c> fragments;
+          decode<T, c>(decoder, weights, ring, pass, scale, fragments);
+          if (pass == c.passes() - 1) weights.load(ring, step + c.ahead());
+          multiply_pass<T, c>(a_rows, pass, fragments, scale, sums);
         }
       }
     }
 
-    // ---- y: rows 2 t and 2 t + 1 of a tile, columns g and g + 8
-    const auto column_of = [&](int i, int j) { return (warp * row_tiles + i) * 16 + j / 2 * 8 + g; };
-    const auto row_of = [&](int tile_m, int j) { return tile_m * 8 + 2 * t + j % 2; };
-    if (part.splits > 1) {
-      BNB_UNROLL
-      for (int i = 0; i < row_tiles * tiles * 4; ++i) {
-        const int r = i / 4 / tiles, tile_m = i / 4 % tiles, row = first_row + row_of(tile_m, i % 4),
-                  column = first_column + column_of(r, i % 4);
-        if (row < m && column < n) part.sums[(static_cast<int64_t>(split) * m + row) * n + column] = sums[r][tile_m][i % 4];
-      }
-      return;
-    }
-    constexpr int kOut = kColumns + 8;  // elements of a row
-    auto* out = reinterpret_cast<T*>(shared);
+    if (k_split.splits > 1) return store_split<c>(k_split, at, sums, m, n);
+    auto* tile_of_y = reinterpret_cast<T*>(shared);
     dev::barrier();
-    BNB_UNROLL
-    for (int i = 0; i < row_tiles; ++i) BNB_UNROLL
-    for (int j = 0; j < 4; j += 2) {
-      const int column = first_column + column_of(i, j);
-      const float bias = column < n ? bias_at(result, column) : 0;
-      BNB_UNROLL
-      for (int tile_m = 0; tile_m < tiles; ++tile_m) BNB_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const float factor = exact ? 1.0f : kStretched<T>.inverse[static_cast<int>(w.type)];
-        const float sum = exact ? sums[i][tile_m][j + h] : dev::mul(sums[i][tile_m][j + h], factor);
-        out[row_of(tile_m, h) * kOut + column_of(i, j)] = dev::round_to<T>(dev::add(sum, bias));
-      }
-    }
+    round_sums<T, c>(at, sums, result, w.type, n, tile_of_y);
     dev::barrier();
-    auto* y = static_cast<T*>(result.y);
-    const bool whole = n % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
-    BNB_KEEP_LOOP
-    for (int p = static_cast<int>(dev::thread()); p < kRows * kColumns / 8; p += kThreads) {
-      const int row = p / (kColumns / 8), column = p % (kColumns / 8) * 8;
-      if (first_row + row >= m) break;
-      T* to = y + static_cast<int64_t>(first_row + row) * n + first_column + column;
-      const T* values = out + row * kOut + column;
-      if (whole && first_column + column < n)
-        dev::store(to, dev::load_shared<Bits<16>>(values));
-      else
-        for (int i = 0; i < 8 && first_column + column + i < n; ++i) to[i] = values[i];
-    }
+    store_rows<T, c>(at, tile_of_y, static_cast<T*>(result.y), m, n);
   }
 }
 
@@ -235,15 +343,6 @@ template <class T> BNB_KERNEL(256, 4) add_splits(const float* sums, int splits, 
   }
 }
 
-struct Config {
-  int warps, row_tiles, tiles;
-  bool exact;
-  constexpr int columns() const { return warps * row_tiles * 16; }
-  constexpr int rows() const { return tiles * 8; }
-  uint32_t shared(int arch) const {
-    return static_cast<uint32_t>(std::max(table_bytes(arch) + kStages * rows() * kPitch, rows() * (columns() + 8) * 2));
-  }
-};
 constexpr Config kConfigs[] = {{16, 1, 4, false}, {16, 1, 8, false}, {16, 1, 4, true}, {16, 1, 8, true}, {8, 2, 16, true}};
 
 std::string describe_tile(const Plan& p) {
@@ -284,11 +383,11 @@ void run_tile(const Plan& p, const Gemm4bit& d, void* workspace, Stream stream) 
   const auto launch = [&]<class T, int config>(T) {
     constexpr Config c = kConfigs[config];
     const auto steps = static_cast<int>(parts(d.k, kDepth));
-    const Part part = {p.splits, static_cast<int>(parts(steps, p.splits)), steps, static_cast<float*>(workspace)};
+    const KSplit k_split = {p.splits, static_cast<int>(parts(steps, p.splits)), steps, static_cast<float*>(workspace)};
     l.grid = {static_cast<uint32_t>(parts(d.m, c.rows())), static_cast<uint32_t>(parts(d.n, c.columns())), static_cast<uint32_t>(p.splits)};
-    l.threads = c.warps * dev::kWarp;
+    l.threads = static_cast<uint32_t>(c.threads());
     l.shared = c.shared(dev::device().arch);
-    dev::launch(l, multiply<T, c.warps, c.row_tiles, c.tiles, c.exact>, weight_of(d), static_cast<const T*>(d.a.data), m, result, part);
+    dev::launch(l, multiply<T, c>, weight_of(d), static_cast<const T*>(d.a.data), m, result, k_split);
     if (p.splits == 1) return;
     l.grid = {static_cast<uint32_t>(std::min<int64_t>(parts(d.m * d.n, 256), int64_t{16} * dev::device().sms))};
     l.threads = 256;
