@@ -113,6 +113,12 @@ struct Candidate {
   std::function<void(size_t set)> run;
 };
 
+// The family and configuration in what describe() says of a plan.
+std::string text_of(const std::string& description) {
+  const size_t begin = description.find(": ") + 2;
+  return description.substr(begin, description.find(", about") - begin);
+}
+
 int wrong = 0;
 std::string wanted;  // part of the text of a plan
 
@@ -195,16 +201,13 @@ template <class T> void four_bit(const Case& c) {
     calls.push_back(d);
   }
   std::vector<Candidate> all;
-  auto plans = cuda::gemm4::plans(calls[0], cuda::dev::device());
+  auto plans = cuda::gemm::plans(calls[0], cuda::dev::device());
   int64_t bytes = 0;
   for (const auto& p : plans) bytes = std::max(bytes, p.workspace);
   const Memory workspace(static_cast<size_t>(bytes));
-  for (const auto& p : plans) {
-    const auto text = cuda::gemm4::describe(p, calls[0]);
-    const size_t begin = text.find(": ") + 2, end = text.find(", about");
-    all.push_back({text.substr(begin, end - begin), p.clocks,
-                   [&calls, &workspace, p](size_t set) { cuda::gemm4::run(p, calls[set], workspace.at(), nullptr); }});
-  }
+  for (const auto& p : plans)
+    all.push_back({text_of(cuda::gemm::describe(p, calls[0])), p.clocks,
+                   [&calls, &workspace, p](size_t set) { cuda::gemm::run(p, calls[set], workspace.at(), nullptr); }});
   std::ranges::stable_partition(all, [](const Candidate& one) { return one.text.starts_with("fma"); });
   const double sequence = std::max(1.0, std::sqrt(static_cast<double>(c.k) / 1024));
   measure<T>(c, all, outputs, c.type == DType::f32 ? 2e-6 * sequence : c.type == DType::f16 ? 1e-3 : 5e-3);
@@ -233,9 +236,10 @@ template <class T> void eight_bit(const Case& c) {
     calls.push_back(d);
   }
   std::vector<Candidate> all;
-  for (const auto& p : cuda::int8::plans(cuda::int8::product_of(calls[0]), cuda::dev::device()))
-    all.push_back({std::string(p.family) + ", " + p.text, p.clocks,
-                   [&calls, p](size_t set) { p.run(p, cuda::int8::product_of(calls[set]), nullptr); }});
+  const auto first = cuda::gemm::product_of(calls[0]);
+  for (const auto& p : cuda::gemm::plans(first, cuda::dev::device()))
+    all.push_back({text_of(cuda::gemm::describe(p, first)), p.clocks,
+                   [&calls, p](size_t set) { cuda::gemm::run(p, cuda::gemm::product_of(calls[set]), nullptr, nullptr); }});
   measure<T>(c, all, outputs, 0);  // the same bytes
 }
 

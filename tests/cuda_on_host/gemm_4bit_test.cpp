@@ -10,7 +10,7 @@
 namespace bnb::test {
 namespace {
 
-using cuda::gemm4::Plan;
+using cuda::Plan;
 
 struct Call {
   ConstView bias = {};
@@ -27,12 +27,12 @@ template <class T> class Problem {
     d_.absmax.offset = -7;  // not looked at
   }
   const Gemm4bit& call() const { return d_; }
-  std::vector<Plan> plans(const cuda::dev::Device& device = cuda::dev::device()) const { return cuda::gemm4::plans(d_, device); }
-  std::string describe(const Plan& p) const { return cuda::gemm4::describe(p, d_); }
+  std::vector<Plan> plans(const cuda::dev::Device& device = cuda::dev::device()) const { return cuda::gemm::plans(d_, device); }
+  std::string describe(const Plan& p) const { return cuda::gemm::describe(p, d_); }
 
   std::vector<T> run(const Plan& p) {
     if (d_.out.size) std::memset(d_.out.data, 0xff, static_cast<size_t>(d_.out.size) * sizeof(T));
-    on_device(d_, p.workspace, [&](const Gemm4bit& d, void* workspace) { cuda::gemm4::run(p, d, workspace, nullptr); });
+    on_device(d_, p.workspace, [&](const Gemm4bit& d, void* workspace) { cuda::gemm::run(p, d, workspace, nullptr); });
     return out_.values();
   }
   std::vector<T> run() {

@@ -10,7 +10,7 @@
 namespace bnb::test {
 namespace {
 
-using cuda::int8::Plan;
+using cuda::Plan;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -64,7 +64,7 @@ template <class T> struct Problem {
 };
 
 void run(const Plan& plan, const GemmInt8& d) {
-  on_device(d, 0, [&](const GemmInt8& on, void*) { plan.run(plan, cuda::int8::product_of(on), nullptr); });
+  on_device(d, 0, [&](const GemmInt8& on, void*) { cuda::gemm::run(plan, cuda::gemm::product_of(on), nullptr, nullptr); });
 }
 
 TYPED_TEST(CudaInt8, EveryPlanHasTheBytesOfTheCpu) {
@@ -76,9 +76,9 @@ TYPED_TEST(CudaInt8, EveryPlanHasTheBytesOfTheCpu) {
       const auto expected = problem.on_cpu();
       Output<TypeParam> out(s.m * s.n, seed / 10 % 4 == 3);
       const auto d = problem.call(out.view());
-      for (const auto& plan : cuda::int8::plans(cuda::int8::product_of(d), cuda::dev::device())) {
-        SCOPED_TRACE(std::to_string(s.m) + " x " + std::to_string(s.n) + " x " + std::to_string(s.k) + ": " + plan.family + ", " +
-                     plan.text + ", " + std::to_string(outliers) + " outliers");
+      const auto product = cuda::gemm::product_of(d);
+      for (const auto& plan : cuda::gemm::plans(product, cuda::dev::device())) {
+        SCOPED_TRACE(cuda::gemm::describe(plan, product) + ", " + std::to_string(outliers) + " outliers");
         for_each_isa([&] {
           std::memset(d.to.out.data, 0xff, expected.size() * sizeof(TypeParam));
           run(plan, d);
@@ -99,10 +99,11 @@ TEST(CudaInt8Sums, OfEveryPlan) {
     d.sums = expected;
     bnb::gemm_int8(d);
     d.sums = sums.span();
-    for (const auto& plan : cuda::int8::plans(cuda::int8::product_of(d), cuda::dev::device())) {
+    const auto product = cuda::gemm::product_of(d);
+    for (const auto& plan : cuda::gemm::plans(product, cuda::dev::device())) {
       std::memset(d.sums.data(), 0xff, expected.size() * 4);
       run(plan, d);
-      EXPECT_TRUE(same(sums.values(), expected)) << plan.family << ", " << plan.text;
+      EXPECT_TRUE(same(sums.values(), expected)) << cuda::gemm::describe(plan, product);
     }
   }
 }

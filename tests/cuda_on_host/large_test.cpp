@@ -108,18 +108,18 @@ TYPED_TEST(Large, Gemm4bit) {
     large.n = n, large.codes = codes, large.absmax.values = absmax, large.bias = all_bias.all(), large.out = y.all();
 
     std::vector<std::string> families;
-    for (const auto& plan : cuda::gemm4::plans(large, HugeDevice::device())) {
-      const auto text = cuda::gemm4::describe(plan, large);
+    for (const auto& plan : cuda::gemm::plans(large, HugeDevice::device())) {
+      const auto text = cuda::gemm::describe(plan, large);
       if (plan.panel || plan.splits > 1) continue;  // the one is blocks of dequantize_4bit, the other has large k
       SCOPED_TRACE(text);
       families.push_back(text.substr(text.find(": ") + 2, 4));
-      cuda::gemm4::run(plan, d, nullptr, nullptr);
+      cuda::gemm::run(plan, d, nullptr, nullptr);
       const auto last = [&](std::span<TypeParam> all, int64_t row, int64_t width) {
         return all.subspan(static_cast<size_t>((row + 1) * width - columns), columns);
       };
       for (int64_t row = 0; row < m; ++row) std::ranges::fill(last(y, row, n), rounded<TypeParam>(NAN));
       const HugeDevice huge(families.back() == "fma," ? 80 : 8);  // its tiles are 4 rows by 16 columns
-      cuda::gemm4::run(plan, large, nullptr, nullptr);
+      cuda::gemm::run(plan, large, nullptr, nullptr);
       for (int64_t row = 0; row < m; ++row) {
         const auto actual = last(y, row, n), expected = last(small, row, tail);
         ASSERT_TRUE(same(std::vector(actual.begin(), actual.end()), std::vector(expected.begin(), expected.end()))) << "row " << row;

@@ -29,7 +29,7 @@ TEST(CudaLibrary, IsPreparedByTheFirstCallOfAnySize) {
                    .codes = codes,
                    .absmax = {.values = absmax},
                    .out = {y.data(), DType::bf16, 16}};
-  gemm4::plans(d, dev::device());
+  gemm::plans(d, dev::device());
   EXPECT_EQ(bnb_test_handles, 1);
 }
 

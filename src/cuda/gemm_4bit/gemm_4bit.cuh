@@ -9,15 +9,16 @@
 
 #include "common/convert.h"
 #include "common/formats.h"
+#include "cuda/device/cost.h"
 #include "cuda/device/ptx.cuh"
 #include "cuda/gemm_4bit/gemm_4bit.h"
 
-namespace bnb::cuda::gemm4 {
+namespace bnb::cuda::gemm {
 
 using dev::Bits;
 
 // ---- W, n x k
-struct Weight {
+struct Weight4bit {
   const uint8_t* codes;
   const float* absmax;          // of a block; nested: of a block of absmax_codes
   const uint8_t* absmax_codes;  // null: not nested
@@ -28,7 +29,7 @@ struct Weight {
   int64_t n, k;
   QuantType type;
 };
-inline Weight weight_of(const Gemm4bit& d) {
+inline Weight4bit weight_of(const Gemm4bit& d) {
   const bool nested = d.absmax.is_nested();
   return {.codes = d.codes.data(),
           .absmax = nested ? d.absmax.nested.data() : d.absmax.values.data(),
@@ -46,7 +47,7 @@ inline Weight weight_of(const Gemm4bit& d) {
 // absmax of blocks: `fetch` starts the load, so that it can be in flight, `decode` gives the number.
 class Scales {
  public:
-  BNB_DEVICE explicit Scales(const Weight& w) : w_(w) {}
+  BNB_DEVICE explicit Scales(const Weight4bit& w) : w_(w) {}
   BNB_DEVICE uint32_t fetch(int64_t block) const {
     return w_.absmax_codes ? uint32_t{w_.absmax_codes[block]} : dev::float_bits(w_.absmax[block]);
   }
@@ -60,7 +61,7 @@ class Scales {
   }
 
  private:
-  const Weight& w_;
+  const Weight4bit& w_;
 };
 
 // ---- codes in pairs: a byte is the number of a line of 256 bytes, in which each lane has its own words. One byte permute makes the
@@ -119,18 +120,18 @@ template <class T> struct StretchedPairs {
 };
 
 // ---- y, m x n
-struct Result {
+struct Epilogue4bit {
   void* y;
   const void* bias;  // null: none
   DType bias_type;
 };
-inline Result result_of(const Gemm4bit& d) { return {d.out.data, d.bias.size ? d.bias.data : nullptr, d.bias.dtype}; }
+inline Epilogue4bit epilogue_of(const Gemm4bit& d) { return {d.out.data, d.bias.size ? d.bias.data : nullptr, d.bias.dtype}; }
 
-BNB_DEVICE float bias_at(const Result& r, int64_t column) {
-  if (!r.bias) return 0;
-  if (r.bias_type == DType::f32) return static_cast<const float*>(r.bias)[column];
-  if (r.bias_type == DType::f16) return dev::to_float(static_cast<const Half*>(r.bias)[column]);
-  return dev::to_float(static_cast<const BFloat16*>(r.bias)[column]);
+BNB_DEVICE float bias_at(const Epilogue4bit& e, int64_t column) {
+  if (!e.bias) return 0;
+  if (e.bias_type == DType::f32) return static_cast<const float*>(e.bias)[column];
+  if (e.bias_type == DType::f16) return dev::to_float(static_cast<const Half*>(e.bias)[column]);
+  return dev::to_float(static_cast<const BFloat16*>(e.bias)[column]);
 }
 
-}  // namespace bnb::cuda::gemm4
+}  // namespace bnb::cuda::gemm

@@ -6,7 +6,7 @@
 #include "cuda/device/span.cuh"
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
-namespace bnb::cuda::gemm4 {
+namespace bnb::cuda::gemm {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / static_cast<int>(dev::kWarp), kColumns = 2, kPer = 8;
@@ -33,12 +33,14 @@ template <class T, bool aligned> BNB_DEVICE void write(T* to, int64_t i, T x) {
     for (unsigned b = 0; b < sizeof(T); ++b) bytes[b] = static_cast<uint8_t>(bits >> 8 * b);
   }
 }
-template <bool aligned> BNB_DEVICE float bias_of(const Result& r, int64_t column) {
+template <bool aligned> BNB_DEVICE float bias_of(const Epilogue4bit& r, int64_t column) {
   return aligned || !r.bias ? bias_at(r, column) : value_at(r.bias, r.bias_type, column);
 }
 
 // `words`: k is a multiple of 8 and codes are aligned to 4 bytes, so that 8 codes are a word.
-template <class T, bool aligned, int rows> BNB_KERNEL(kThreads, 2) multiply(Weight w, const T* a, int64_t m, Result result, bool words) {
+template <class T, bool aligned, int rows>
+BNB_KERNEL(kThreads, 2)
+multiply(Weight4bit w, const T* a, int64_t m, Epilogue4bit epilogue, bool words) {
   auto& s = dev::shared<Shared>();
   for (unsigned i = dev::thread(); i < 16 * dev::kWarp; i += kThreads)
     s.value[i / dev::kWarp][i % dev::kWarp] = kCodebooks.values[static_cast<int>(w.type)][i / dev::kWarp];
@@ -95,25 +97,26 @@ template <class T, bool aligned, int rows> BNB_KERNEL(kThreads, 2) multiply(Weig
       for (unsigned by = 16; by; by /= 2) sum = dev::add(sum, dev::shuffle_xor(sum, by));
       const int64_t column = first_column + c, row = first_row + i;
       if (lane == (c * rows + i) % static_cast<int>(dev::kWarp) && column < w.n && row < m)
-        write<T, aligned>(static_cast<T*>(result.y), row * w.n + column, dev::round_to<T>(dev::add(sum, bias_of<aligned>(result, column))));
+        write<T, aligned>(static_cast<T*>(epilogue.y), row * w.n + column,
+                          dev::round_to<T>(dev::add(sum, bias_of<aligned>(epilogue, column))));
     }
   }
 }
 
 constexpr int kRowsOf[] = {1, 4};  // rows of a at once
-std::string describe_fma(const Plan& p) {
+std::string describe_config(const Plan& p) {
   return std::to_string(kRowsOf[p.config]) + " rows by " + std::to_string(kColumns) + " columns a warp";
 }
 
-void offer_fma(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
+void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
   const int config = d.m == 1 ? 0 : 1;
-  // 128 lanes a clock: decoding a weight for every tile of rows, products, loads of a.
+  // Decoding a weight for every tile of rows, products, loads of a.
   const double rows = kRowsOf[config], tiles = std::ceil(static_cast<double>(d.m) / rows);
   const double weights = static_cast<double>(d.n) * static_cast<double>(d.k) / device.sms;
-  plans.push_back({.config = config, .clocks = kLaunchClocks + weights * tiles * (8 + 2 * rows) / 128, .describe = describe_fma});
+  plans.push_back({.config = config, .clocks = kLaunchClocks + weights * tiles * (8 + 2 * rows) / kLanes, .describe = describe_config});
 }
 
-void run_fma(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
+void run_config(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
   const bool words = d.k % kPer == 0 && reinterpret_cast<uintptr_t>(d.codes.data()) % 4 == 0;
   const auto launch = [&]<class T, bool aligned, int rows>() {
     const int64_t tiles = parts(d.m, rows) * parts(d.n, kWarps * kColumns);
@@ -124,7 +127,7 @@ void run_fma(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
                  .threads = kThreads,
                  .shared = sizeof(Shared),
                  .stream = stream},
-                multiply<T, aligned, rows>, weight_of(d), static_cast<const T*>(d.a.data), d.m, result_of(d), words);
+                multiply<T, aligned, rows>, weight_of(d), static_cast<const T*>(d.a.data), d.m, epilogue_of(d), words);
   };
   visit(d.a.dtype, [&]<class T>(T) {
     if (!elements_aligned(d))
@@ -136,6 +139,6 @@ void run_fma(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
 
 }  // namespace
 
-const Family kFma = {"fma", offer_fma, run_fma};
+const Family<Gemm4bit> kFma4bit = {"fma", offer, run_config};
 
-}  // namespace bnb::cuda::gemm4
+}  // namespace bnb::cuda::gemm

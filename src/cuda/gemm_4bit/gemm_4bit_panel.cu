@@ -8,13 +8,13 @@
 #include "cuda/device/cublaslt.h"
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
-namespace bnb::cuda::gemm4 {
+namespace bnb::cuda::gemm {
 namespace {
 
 constexpr int64_t kRowStep = 512, kAlign = 256;  // so many rows of 8 weights and more begin a block of any size
 
 // Nested absmax of all blocks, as plain ones.
-BNB_KERNEL(256, 8) decode_scales(Weight w, int64_t blocks, float* to) {
+BNB_KERNEL(256, 8) decode_scales(Weight4bit w, int64_t blocks, float* to) {
   const Scales scales(w);
   for (int64_t i = int64_t{dev::block().x} * 256 + dev::thread(); i < blocks; i += int64_t{dev::grid().x} * 256) to[i] = scales[i];
 }
@@ -30,9 +30,9 @@ Layout layout_of(const Plan& p, const Gemm4bit& d) {
   return {panel, scales, scales + (d.absmax.is_nested() ? blocks_of(d.n * d.k, d.blocksize) * 4 : 0)};
 }
 
-std::string describe_panel(const Plan& p) { return "panels of " + std::to_string(p.panel) + " rows of W"; }
+std::string describe_config(const Plan& p) { return "panels of " + std::to_string(p.panel) + " rows of W"; }
 
-void offer_panel(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
+void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
   const int64_t size = size_of(d.a.dtype), per_16_bytes = 16 / size;
   const auto aligned = [](const void* p) { return dev::aligned(p, 16); };
   // Asked at the first call, also of one row: a graph of many rows that is captured later then finds the library prepared.
@@ -41,19 +41,19 @@ void offer_panel(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>
     return;
   if (!aligned(d.a.data) || !aligned(d.out.data) || (d.bias.size && (d.bias.dtype != d.out.dtype || !aligned(d.bias.data)))) return;
   const Rates rates = rates_of(device.arch);
-  Plan p = {.describe = describe_panel};
+  Plan p = {.describe = describe_config};
   // A part of the cache's half, at least as many rows as fill the device.
   const int64_t most = std::max<int64_t>(4 * kRowStep, device.l2_bytes / 2 / (d.k * size) / kRowStep * kRowStep);
   p.panel = std::min(d.n, round_up(parts(d.n, parts(d.n, most)), kRowStep));
   p.workspace = layout_of(p, d).bytes;
   const double weights = static_cast<double>(d.n) * static_cast<double>(d.k) / device.sms, rows = static_cast<double>(d.m);
-  const double speed = d.a.dtype == DType::f32 ? 100 : rates.library;
+  const double speed = d.a.dtype == DType::f32 ? kLibraryFp32 : rates.library;
   p.clocks = kLaunchClocks * (2.0 * static_cast<double>(parts(d.n, p.panel)) + 1) +
              weights * (rows / speed + (0.5 + static_cast<double>(size)) / (rates.l2_bytes / 2));
   plans.push_back(p);
 }
 
-void run_panel(const Plan& p, const Gemm4bit& d, void* workspace, Stream stream) {
+void run_config(const Plan& p, const Gemm4bit& d, void* workspace, Stream stream) {
   const Layout at = layout_of(p, d);
   auto* bytes = static_cast<uint8_t*>(workspace);
   const int64_t size = size_of(d.a.dtype);
@@ -94,6 +94,6 @@ void run_panel(const Plan& p, const Gemm4bit& d, void* workspace, Stream stream)
 
 }  // namespace
 
-const Family kPanel = {"panel", offer_panel, run_panel};
+const Family<Gemm4bit> kPanel4bit = {"panel", offer, run_config};
 
-}  // namespace bnb::cuda::gemm4
+}  // namespace bnb::cuda::gemm

@@ -15,7 +15,7 @@
 // shared memory in one order. k beyond the warps of a block is done in slices, one after another.
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
-namespace bnb::cuda::gemm4 {
+namespace bnb::cuda::gemm {
 namespace {
 
 constexpr int kDepth = 256;  // columns of a warp
@@ -98,11 +98,11 @@ template <Config c> struct Unit {
   uint32_t codes[2][c.chunks()][kWords] = {}, scale[2][kSlots];
 
   // The first weight of a lane's row, and the block of a scale. Rows past the end are computed and dropped.
-  BNB_DEVICE static uint64_t begin_of(const Weight& w, int row, int half) {
+  BNB_DEVICE static uint64_t begin_of(const Weight4bit& w, int row, int half) {
     const auto r = static_cast<uint32_t>(row) + half * 8, last = static_cast<uint32_t>(w.n) - 1;
     return static_cast<uint64_t>(r < last ? r : last) * static_cast<uint32_t>(w.k);
   }
-  BNB_DEVICE static int64_t block_of(const Weight& w, uint64_t begin, int column, int slot) {
+  BNB_DEVICE static int64_t block_of(const Weight4bit& w, uint64_t begin, int column, int slot) {
     const uint32_t at = static_cast<uint32_t>(column) + (slot * 4 + dev::lane() % 4) * c.granule;
     return static_cast<int64_t>((begin + (at < static_cast<uint32_t>(w.k) ? at : 0)) >> w.log2_block);
   }
@@ -111,7 +111,7 @@ template <Config c> struct Unit {
     const uint8_t* codes[2];
     int left;  // columns from the lane's first on
   };
-  BNB_DEVICE Source begin(const Weight& w, const Scales& scales, const Cursor& at) {
+  BNB_DEVICE Source begin(const Weight4bit& w, const Scales& scales, const Cursor& at) {
     const int lane_column = at.column + static_cast<int>(dev::lane()) % 4 * (c.chunk() / 4);
     Source from;
     BNB_UNROLL
@@ -138,7 +138,7 @@ template <Config c> struct Unit {
     for (int i = 0; i < 2 * c.chunks(); ++i) load(from, i % 2, i / 2);
   }
   // `cursor()` is asked for only where scales are nested.
-  template <class F> BNB_DEVICE void decode_scales(const Weight& w, const Scales& scales, F&& cursor, float (&to)[2][kSlots]) const {
+  template <class F> BNB_DEVICE void decode_scales(const Weight4bit& w, const Scales& scales, F&& cursor, float (&to)[2][kSlots]) const {
     BNB_UNROLL
     for (int i = 0; i < 2 * kSlots; ++i)
       to[i % 2][i / 2] = scales.decode(scale[i % 2][i / 2], [&] {
@@ -211,8 +211,8 @@ template <Config c> BNB_DEVICE void keep_sums(Shared<c>& s, int buffer, int step
 }
 
 template <class T, Config c>
-BNB_DEVICE void store_sums(Shared<c>& s, int buffer, const Schedule& schedule, const Cursor& now, const Split& split, const Weight& w,
-                           int m, const Result& result) {
+BNB_DEVICE void store_sums(Shared<c>& s, int buffer, const Schedule& schedule, const Cursor& now, const Split& split, const Weight4bit& w,
+                           int m, const Epilogue4bit& epilogue) {
   const int first = static_cast<int>(dev::block().x), n = static_cast<int>(w.n);
   BNB_KEEP_LOOP
   for (int p = static_cast<int>(dev::thread()); p < split.groups * c.tiles * 128; p += c.threads()) {
@@ -235,13 +235,13 @@ BNB_DEVICE void store_sums(Shared<c>& s, int buffer, const Schedule& schedule, c
       }
       const int row = (first + cursor.item * split.blocks) * split.rows + group * 16 + i / 2 * 8 + at / 4;
       if (row < n)
-        static_cast<T*>(result.y)[row_of_a * w.n + row] =
-            dev::round_to<T>(dev::add(dev::mul(sum, kStretched<T>.inverse[static_cast<int>(w.type)]), bias_at(result, row)));
+        static_cast<T*>(epilogue.y)[row_of_a * w.n + row] =
+            dev::round_to<T>(dev::add(dev::mul(sum, kStretched<T>.inverse[static_cast<int>(w.type)]), bias_at(epilogue, row)));
     }
   }
 }
 
-template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight w, const T* a, int m, Result result, Split split) {
+template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight4bit w, const T* a, int m, Epilogue4bit epilogue, Split split) {
   if constexpr (dev::kArch >= 80) {
     auto& s = dev::shared<Shared<c>>();
     const int warp = static_cast<int>(dev::warp()), group = warp / split.k_warps, part = warp % split.k_warps;
@@ -277,7 +277,7 @@ template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight w, const
         if (follows.item == 0 && follows.left > 0) load_activations<T, c>(a, m, k, follows.column, x);
       }
       dev::barrier();  // and none after the sums are read: the next ones go to the other buffer
-      store_sums<T, c>(s, buffer, schedule, now, split, w, m, result);
+      store_sums<T, c>(s, buffer, schedule, now, split, w, m, epilogue);
     }
   }
 }
@@ -287,13 +287,13 @@ constexpr Config kConfigs[] = {{64, 2, 1, 2}, {64, 1, 1, 2}, {64, 1, 2, 2}, {64,
                                {32, 2, 1, 1}, {32, 1, 1, 1}, {32, 1, 2, 2}, {32, 1, 4, 1}};
 constexpr int64_t kMostRows = 128;  // in passes of 32;
 
-std::string describe_rows(const Plan& p) {
+std::string describe_config(const Plan& p) {
   const Config& c = kConfigs[p.config];
   return std::to_string(c.rows()) + " rows a pass, scales of " + std::to_string(c.granule) + ", loads of " +
          std::to_string(c.granule * c.halves / 8) + " bytes";
 }
 
-void offer_rows(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
+void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
   if (device.arch < 80 || d.batch_invariant || d.m > kMostRows || !fits_tensor_cores(d, device)) return;
   const Rates rates = rates_of(device.arch);
   for (size_t i = 0; i < std::size(kConfigs); ++i) {
@@ -304,21 +304,20 @@ void offer_rows(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>&
     // A step of a warp: 64 lines of shared memory, one a clock, and its sums; 2 KiB of W, which narrow loads make dearer.
     const int warps = split.k_warps * split.groups, bytes = c.granule * c.halves / 8;
     const double lines = warps * (64.0 + 8 * c.tiles), products = warps * 16.0 * kDepth * 8 * c.tiles / rates.mma;
-    const double loads = warps * 2048 / rates.l2_bytes * (bytes == 16 ? 1 : bytes == 8 ? 1.1 : 1.3);
+    const double loads = warps * 2048 / rates.l2_bytes * load_factor(bytes);
     const auto passes = static_cast<double>(parts(d.m, c.rows()));
     plans.push_back({.config = static_cast<int>(i),
                      .clocks = passes * (kLaunchClocks + static_cast<double>(steps) * std::max({lines, loads, products})) + 16.0 / bytes,
-                     .describe = describe_rows});
+                     .describe = describe_config});
   }
 }
 
-void run_rows(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
-  const auto launch = [&]<class T, int config>(T) {
-    constexpr Config c = kConfigs[config];
+void run_config(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
+  const auto launch = [&]<class T, Config c> {
     const Split split = split_of(d.n, d.k, c.warps(), dev::device().sms);
     for (int64_t row = 0; row < d.m; row += c.rows()) {
-      Result result = result_of(d);
-      result.y = static_cast<T*>(result.y) + row * d.n;
+      Epilogue4bit epilogue = epilogue_of(d);
+      epilogue.y = static_cast<T*>(epilogue.y) + row * d.n;
       dev::launch({.op = "gemm_4bit",
                    .dtype = d.a.dtype,
                    .shape = {d.m, d.n, d.k},
@@ -327,18 +326,15 @@ void run_rows(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
                    .shared = sizeof(Shared<c>),
                    .stream = stream},
                   multiply<T, c>, weight_of(d), static_cast<const T*>(d.a.data) + row * d.k,
-                  static_cast<int>(std::min<int64_t>(d.m - row, c.rows())), result, split);
+                  static_cast<int>(std::min<int64_t>(d.m - row, c.rows())), epilogue, split);
     }
   };
-  const auto find = [&]<class T, size_t... i>(T t, std::index_sequence<i...>) {
-    ((p.config == i ? launch.template operator()<T, i>(t) : void()), ...);
-  };
-  constexpr auto all = std::make_index_sequence<std::size(kConfigs)>();
-  d.a.dtype == DType::f16 ? find(Half{}, all) : find(BFloat16{}, all);
+  const auto launch_type = [&]<class T>(T) { with_config<kConfigs>(p.config, [&]<Config c> { launch.template operator()<T, c>(); }); };
+  d.a.dtype == DType::f16 ? launch_type(Half{}) : launch_type(BFloat16{});
 }
 
 }  // namespace
 
-const Family kRows = {"rows", offer_rows, run_rows};
+const Family<Gemm4bit> kRows4bit = {"rows", offer, run_config};
 
-}  // namespace bnb::cuda::gemm4
+}  // namespace bnb::cuda::gemm

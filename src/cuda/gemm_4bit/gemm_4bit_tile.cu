@@ -12,7 +12,7 @@
 // takes less than half the instructions a weight.
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
-namespace bnb::cuda::gemm4 {
+namespace bnb::cuda::gemm {
 namespace {
 
 constexpr int kDepth = 64, kStages = 3, kPitch = kDepth * 2 + 16;  // columns of a step; bytes of a row of a, so that banks differ
@@ -95,7 +95,7 @@ template <Config c> struct Position {
 // ---- operand W: codes and scales of a warp's rows, loaded `ahead` steps before their use
 template <Config c> class WeightOperand {
  public:
-  BNB_DEVICE WeightOperand(const Weight& w, const Position<c>& at)
+  BNB_DEVICE WeightOperand(const Weight4bit& w, const Position<c>& at)
       : w_(w), scales_(w), n_(static_cast<int>(w.n)), k_(static_cast<int>(w.k)), t_(at.t), end_(at.end) {
     first_row_ = at.first_column + at.warp * c.row_tiles * 16 + at.g;
   }
@@ -133,7 +133,7 @@ template <Config c> class WeightOperand {
     return at < k_ ? at : 0;
   }
 
-  const Weight& w_;
+  const Weight4bit& w_;
   Scales scales_;
   int n_, k_, t_, end_, first_row_;
   uint32_t codes_[c.ahead()][c.row_tiles][2][2] = {}, fetched_[c.ahead()][c.row_tiles][2] = {};
@@ -252,12 +252,12 @@ template <Config c> BNB_DEVICE void store_split(const KSplit& k_split, const Pos
 }
 
 template <class T, Config c>
-BNB_DEVICE void round_sums(const Position<c>& at, const Sums<c>& sums, const Result& result, QuantType type, int n, T* tile_of_y) {
+BNB_DEVICE void round_sums(const Position<c>& at, const Sums<c>& sums, const Epilogue4bit& epilogue, QuantType type, int n, T* tile_of_y) {
   BNB_UNROLL
   for (int i = 0; i < c.row_tiles; ++i) BNB_UNROLL
   for (int j = 0; j < 4; j += 2) {
     const int column = at.first_column + at.column(i, j);
-    const float bias = column < n ? bias_at(result, column) : 0;
+    const float bias = column < n ? bias_at(epilogue, column) : 0;
     BNB_UNROLL
     for (int tile = 0; tile < c.tiles; ++tile) BNB_UNROLL
     for (int h = 0; h < 2; ++h) {
@@ -284,7 +284,7 @@ template <class T, Config c> BNB_DEVICE void store_rows(const Position<c>& at, c
   }
 }
 
-template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight w, const T* a, int m, Result result, KSplit k_split) {
+template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight4bit w, const T* a, int m, Epilogue4bit epilogue, KSplit k_split) {
   if constexpr (dev::kHasMma<T> && (c.exact || dev::kArch >= 80)) {
     auto* shared = &dev::shared<uint8_t>();  // | table of codes | stages of a |, then the tile of y
     const int n = static_cast<int>(w.n);
@@ -328,30 +328,30 @@ template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight w, const
     if (k_split.splits > 1) return store_split<c>(k_split, at, sums, m, n);
     auto* tile_of_y = reinterpret_cast<T*>(shared);
     dev::barrier();
-    round_sums<T, c>(at, sums, result, w.type, n, tile_of_y);
+    round_sums<T, c>(at, sums, epilogue, w.type, n, tile_of_y);
     dev::barrier();
-    store_rows<T, c>(at, tile_of_y, static_cast<T*>(result.y), m, n);
+    store_rows<T, c>(at, tile_of_y, static_cast<T*>(epilogue.y), m, n);
   }
 }
 
 // y = sums of all splits, in order, + bias
-template <class T> BNB_KERNEL(256, 4) add_splits(const float* sums, int splits, int64_t m, int64_t n, float factor, Result result) {
+template <class T> BNB_KERNEL(256, 4) add_splits(const float* sums, int splits, int64_t m, int64_t n, float factor, Epilogue4bit epilogue) {
   for (int64_t i = int64_t{dev::block().x} * 256 + dev::thread(); i < m * n; i += int64_t{dev::grid().x} * 256) {
     float sum = 0;
     for (int split = 0; split < splits; ++split) sum = dev::add(sum, sums[split * m * n + i]);
-    static_cast<T*>(result.y)[i] = dev::round_to<T>(dev::add(dev::mul(sum, factor), bias_at(result, i % n)));
+    static_cast<T*>(epilogue.y)[i] = dev::round_to<T>(dev::add(dev::mul(sum, factor), bias_at(epilogue, i % n)));
   }
 }
 
 constexpr Config kConfigs[] = {{16, 1, 4, false}, {16, 1, 8, false}, {16, 1, 4, true}, {16, 1, 8, true}, {8, 2, 16, true}};
 
-std::string describe_tile(const Plan& p) {
+std::string describe_config(const Plan& p) {
   const Config& c = kConfigs[p.config];
   return std::to_string(c.rows()) + " x " + std::to_string(c.columns()) + " x 64, " + std::to_string(c.warps) + " warps, " +
          std::to_string(kStages) + " stages, " + (c.exact ? "exact" : "stretched") + " weights, k in " + std::to_string(p.splits);
 }
 
-void offer_tile(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
+void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
   if (!fits_tensor_cores(d, device)) return;
   const Rates rates = rates_of(device.arch);
   for (size_t i = 0; i < std::size(kConfigs); ++i) {
@@ -362,7 +362,8 @@ void offer_tile(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>&
     const int64_t tiles = parts(d.m, c.rows()) * parts(d.n, c.columns()), steps = parts(d.k, kDepth);
     // A step: products, lines of shared memory, bytes from the cache.
     const double weights = c.columns() * kDepth, lines = weights / 64 * (c.exact ? 2 : 1) + c.warps * c.tiles * 8 + c.rows();
-    const double step = 1.2 * std::max({weights * c.rows() / rates.mma, lines, (weights / 2 + c.rows() * kDepth * 2) / rates.l2_bytes});
+    const double step =
+        kTileOverhead * std::max({weights * c.rows() / rates.mma, lines, (weights / 2 + c.rows() * kDepth * 2) / rates.l2_bytes});
     for (int splits = 1; splits <= 16 && (splits == 1 || (steps >= 4 * splits && !d.batch_invariant)); splits *= 2) {
       if (tiles * splits > INT32_MAX || (splits > 1 && tiles * splits > 2 * device.sms)) break;
       const double rounds = static_cast<double>(parts(tiles * splits, device.sms)), sums = static_cast<double>(d.m * d.n) * 4 * splits;
@@ -370,41 +371,37 @@ void offer_tile(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>&
       plans.push_back({.config = static_cast<int>(i),
                        .splits = splits,
                        .workspace = splits == 1 ? 0 : static_cast<int64_t>(sums),
-                       .clocks = kLaunchClocks + rounds * (1500 + step * static_cast<double>(parts(steps, splits))) + second,
-                       .describe = describe_tile});
+                       .clocks = kLaunchClocks + rounds * (kTileClocks + step * static_cast<double>(parts(steps, splits))) + second,
+                       .describe = describe_config});
     }
   }
 }
 
-void run_tile(const Plan& p, const Gemm4bit& d, void* workspace, Stream stream) {
+void run_config(const Plan& p, const Gemm4bit& d, void* workspace, Stream stream) {
   const auto m = static_cast<int>(d.m);
-  const Result result = result_of(d);
+  const Epilogue4bit epilogue = epilogue_of(d);
   dev::Launch l = {.op = "gemm_4bit", .dtype = d.a.dtype, .shape = {d.m, d.n, d.k}, .stream = stream};
-  const auto launch = [&]<class T, int config>(T) {
-    constexpr Config c = kConfigs[config];
+  const auto launch = [&]<class T, Config c> {
     const auto steps = static_cast<int>(parts(d.k, kDepth));
     const KSplit k_split = {p.splits, static_cast<int>(parts(steps, p.splits)), steps, static_cast<float*>(workspace)};
     l.grid = {static_cast<uint32_t>(parts(d.m, c.rows())), static_cast<uint32_t>(parts(d.n, c.columns())), static_cast<uint32_t>(p.splits)};
     l.threads = static_cast<uint32_t>(c.threads());
     l.shared = c.shared(dev::device().arch);
-    dev::launch(l, multiply<T, c>, weight_of(d), static_cast<const T*>(d.a.data), m, result, k_split);
+    dev::launch(l, multiply<T, c>, weight_of(d), static_cast<const T*>(d.a.data), m, epilogue, k_split);
     if (p.splits == 1) return;
     l.grid = {static_cast<uint32_t>(std::min<int64_t>(parts(d.m * d.n, 256), int64_t{16} * dev::device().sms))};
     l.threads = 256;
     l.shared = 0;
     constexpr Values stretch = stretched<T>();
     const float factor = c.exact ? 1 : stretch.inverse[static_cast<int>(d.type)];
-    dev::launch(l, add_splits<T>, static_cast<const float*>(workspace), p.splits, d.m, d.n, factor, result);
+    dev::launch(l, add_splits<T>, static_cast<const float*>(workspace), p.splits, d.m, d.n, factor, epilogue);
   };
-  const auto find = [&]<class T, size_t... i>(T t, std::index_sequence<i...>) {
-    ((p.config == i ? launch.template operator()<T, i>(t) : void()), ...);
-  };
-  constexpr auto all = std::make_index_sequence<std::size(kConfigs)>();
-  d.a.dtype == DType::f16 ? find(Half{}, all) : find(BFloat16{}, all);
+  const auto launch_type = [&]<class T>(T) { with_config<kConfigs>(p.config, [&]<Config c> { launch.template operator()<T, c>(); }); };
+  d.a.dtype == DType::f16 ? launch_type(Half{}) : launch_type(BFloat16{});
 }
 
 }  // namespace
 
-const Family kTile = {"tile", offer_tile, run_tile};
+const Family<Gemm4bit> kTile4bit = {"tile", offer, run_config};
 
-}  // namespace bnb::cuda::gemm4
+}  // namespace bnb::cuda::gemm

@@ -1,17 +1,15 @@
 // Products of int8 on a device: which kernel does a call, and the whole of linear_int8. The kernels are in gemm_int8_*.cu.
 //   rows    few rows of a: W streams through registers into tensor cores; bound by memory
 //   tile    more rows, and whatever is not aligned
-#include <algorithm>
-
 #include "common/arguments.h"
 #include "cuda/gemm_int8/gemm_int8.h"
 
 namespace bnb::cuda {
-namespace int8 {
+namespace gemm {
 
-Epilogue epilogue_of(const Int8Epilogue& to, int64_t m, int64_t n, int32_t* sums) {
-  Epilogue e = {.m = m, .n = n};
-  e.raw = sums != nullptr;
+EpilogueInt8 epilogue_of(const Int8Epilogue& to, int64_t m, int64_t n, int32_t* sums) {
+  EpilogueInt8 e = {.m = m, .n = n};
+  e.sums_only = sums != nullptr;
   e.out = sums ? sums : to.out.data;
   e.out_type = sums ? DType::f32 : to.out.dtype;  // as large
   const int64_t size = size_of(e.out_type);
@@ -23,33 +21,41 @@ Epilogue epilogue_of(const Int8Epilogue& to, int64_t m, int64_t n, int32_t* sums
   return e;
 }
 
-Product product_of(const GemmInt8& d) {
-  Product p = {.a = d.a.data(), .b = d.b.data(), .to = epilogue_of(d.to, d.m, d.n, d.sums.empty() ? nullptr : d.sums.data())};
+ProductInt8 product_of(const GemmInt8& d) {
+  ProductInt8 p = {.a = d.a.data(), .b = d.b.data(), .to = epilogue_of(d.to, d.m, d.n, d.sums.empty() ? nullptr : d.sums.data())};
   p.to.k = d.k;
   p.to.b = d.b.data();
-  if (p.to.raw || d.outliers.empty()) return p;
+  if (p.to.sums_only || d.outliers.empty()) return p;
   p.to.x = d.x.data, p.to.x_type = d.x.dtype;
   p.to.outliers = {.list = d.outliers.data(), .listed = std::ssize(d.outliers)};
-  p.to.possible = true;
+  p.to.may_have_outliers = true;
   return p;
 }
 
-bool rows_aligned(const Product& p) { return p.to.k % 16 == 0 && dev::aligned(p.a, 16) && dev::aligned(p.b, 16); }
+bool rows_aligned(const ProductInt8& p) { return p.to.k % 16 == 0 && dev::aligned(p.a, 16) && dev::aligned(p.b, 16); }
 
-std::vector<Plan> plans(const Product& p, const dev::Device& device) {
-  std::vector<Plan> all;
-  offer_rows(p, device, all);
-  offer_tiles(p, device, all);
-  std::ranges::stable_sort(all, {}, &Plan::clocks);
-  return all;
+namespace {
+
+constexpr Families<ProductInt8, 2> kFamilies = {&kRowsInt8, &kTileInt8};
+
+}  // namespace
+
+std::vector<Plan> plans(const ProductInt8& p, const dev::Device& device) { return offered_plans(kFamilies, p, device); }
+
+std::string describe(const Plan& plan, const ProductInt8& p) {
+  return "gemm_int8 " + std::to_string(p.to.m) + " x " + std::to_string(p.to.n) + " x " + std::to_string(p.to.k) + ": " +
+         describe_plan(kFamilies, plan);
+}
+
+void run(const Plan& plan, const ProductInt8& p, void* workspace, Stream stream) {
+  kFamilies[plan.family]->run(plan, p, workspace, stream);
 }
 
 namespace {
 
-void multiply(const Product& p, Stream stream) {
+void run_cheapest(const ProductInt8& p, Stream stream) {
   if (p.to.m == 0 || p.to.n == 0) return;
-  const auto plan = plans(p, dev::device()).front();
-  plan.run(plan, p, stream);
+  run(plans(p, dev::device()).front(), p, nullptr, stream);
 }
 
 // | bits of outlier columns | row scales | codes |
@@ -65,30 +71,29 @@ struct Workspace {
 };
 
 }  // namespace
-}  // namespace int8
+}  // namespace gemm
 
 void gemm_int8(const GemmInt8& d, Stream stream) {
   check_arguments(d, false);
-  int8::multiply(int8::product_of(d), stream);
+  gemm::run_cheapest(gemm::product_of(d), stream);
 }
 
 std::string describe_gemm_int8(const GemmInt8& d) {
   check_arguments(d, false);
   if (d.m == 0 || d.n == 0) return "gemm_int8: nothing to do";
-  const auto plan = int8::plans(int8::product_of(d), dev::device()).front();
-  return "gemm_int8 " + std::to_string(d.m) + " x " + std::to_string(d.n) + " x " + std::to_string(d.k) + ": " + plan.family + ", " +
-         plan.text + ", about " + std::to_string(static_cast<int64_t>(plan.clocks)) + " clocks";
+  const auto product = gemm::product_of(d);
+  return gemm::describe(gemm::plans(product, dev::device()).front(), product);
 }
 
 int64_t linear_int8_workspace(const LinearInt8& d) {
   check_arguments(d);
-  return d.m == 0 || d.n == 0 ? 0 : int8::Workspace(d).size;
+  return d.m == 0 || d.n == 0 ? 0 : gemm::Workspace(d).size;
 }
 
 void linear_int8(const LinearInt8& d, void* workspace, Stream stream) {
   const Checker check = check_arguments(d);
   if (d.m == 0 || d.n == 0) return;
-  const int8::Workspace at(d);
+  const gemm::Workspace at(d);
   if (at.size)
     check.that(workspace && dev::aligned(workspace, 256), "workspace", workspace ? "not aligned" : "null",
                std::to_string(at.size) + " bytes aligned to 256");
@@ -98,20 +103,20 @@ void linear_int8(const LinearInt8& d, void* workspace, Stream stream) {
   auto* codes = reinterpret_cast<int8_t*>(memory + at.codes);
   const int64_t word_count = d.threshold > 0 ? outlier_words(d.k) : 0;
   const auto m = static_cast<size_t>(d.m), size = static_cast<size_t>(d.m * d.k);
-  int8::quantize_rows("linear_int8", {d.m, d.k, d.x, d.threshold, {codes, size}, {scale, m}, {words, static_cast<size_t>(word_count)}},
+  gemm::quantize_rows("linear_int8", {d.m, d.k, d.x, d.threshold, {codes, size}, {scale, m}, {words, static_cast<size_t>(word_count)}},
                       stream);
-  int8::Product p = {.op = "linear_int8",
-                     .a = codes,
-                     .b = d.weight.data(),
-                     .to = int8::epilogue_of({{scale, m}, d.weight_scale, d.bias, d.out}, d.m, d.n)};
+  gemm::ProductInt8 p = {.op = "linear_int8",
+                         .a = codes,
+                         .b = d.weight.data(),
+                         .to = gemm::epilogue_of({{scale, m}, d.weight_scale, d.bias, d.out}, d.m, d.n)};
   p.to.k = d.k;
   p.to.b = d.weight.data();
   if (word_count > 0) {
     p.to.x = d.x.data, p.to.x_type = d.x.dtype;
     p.to.outliers = {.words = words, .word_count = word_count};
-    p.to.possible = true;
+    p.to.may_have_outliers = true;
   }
-  int8::multiply(p, stream);
+  gemm::run_cheapest(p, stream);
 }
 
 }  // namespace bnb::cuda

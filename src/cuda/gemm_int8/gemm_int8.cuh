@@ -1,16 +1,16 @@
-// What the kernels of int8 products share: elements at any address, outlier columns, the way of sums to y.
+// What the kernels of int8 products share: outlier columns and the epilogue, which takes sums to y at any address.
 #pragma once
 
 #include "cuda/device/span.cuh"
 #include "cuda/gemm_int8/gemm_int8.h"
 
-namespace bnb::cuda::int8 {
+namespace bnb::cuda::gemm {
 
 using dev::Bits;
 
 // One warp: outliers number first .. first + most - 1 in ascending order to `columns`; gives how many there are in all. A listed column
 // that does not exist becomes -1.
-BNB_DEVICE int find(const Outliers& from, int64_t k, int first, int most, int32_t* columns) {
+BNB_DEVICE int select_outliers(const Outliers& from, int64_t k, int first, int most, int32_t* columns) {
   const int lane = static_cast<int>(dev::lane());
   if (!from.words) {
     for (int64_t i = lane; i < most && first + i < from.listed; i += dev::kWarp) {
@@ -41,14 +41,14 @@ BNB_DEVICE int find(const Outliers& from, int64_t k, int first, int most, int32_
 inline constexpr int kChunk = kOutlierGroup;  // outliers at once
 
 // What a tile of rows x columns needs of a chunk of outliers. Threads of the block fill it together; x and w change when all have arrived.
-template <int rows, int columns> struct Staged {
+template <int rows, int columns> struct OutlierStage {
   float w[kChunk][columns], x[rows][kChunk];
   int32_t column[kChunk];
   int32_t total;
 
-  BNB_DEVICE void fill(const Epilogue& e, int64_t first_row, int64_t first_column, int chunk) {
+  BNB_DEVICE void fill(const EpilogueInt8& e, int64_t first_row, int64_t first_column, int chunk) {
     if (dev::warp() == 0) {
-      const int all = find(e.outliers, e.k, chunk * kChunk, kChunk, column);
+      const int all = select_outliers(e.outliers, e.k, chunk * kChunk, kChunk, column);
       if (dev::lane() == 0) total = all;
     }
     dev::barrier();
@@ -69,7 +69,8 @@ template <int rows, int columns> struct Staged {
 };
 
 // `bits`: of the elements of y from (row, column) on; column is a multiple of `wide`.
-template <int wide> BNB_DEVICE void put(const Epilogue& e, int64_t row, int64_t column, const uint32_t (&bits)[wide], int size) {
+template <int wide>
+BNB_DEVICE void store_values(const EpilogueInt8& e, int64_t row, int64_t column, const uint32_t (&bits)[wide], int size) {
   auto* to = static_cast<uint8_t*>(e.out) + (row * e.n + column) * size;
   if constexpr (wide == 8)
     if (e.vectors && column + wide <= e.n) {
@@ -92,7 +93,7 @@ template <int wide> BNB_DEVICE void put(const Epilogue& e, int64_t row, int64_t 
       dev::store(to, Bits<2>{static_cast<uint16_t>(bits[j])});
   }
 }
-template <class T, int wide> BNB_DEVICE void put_rounded(const Epilogue& e, int64_t row, int64_t column, const float (&y)[wide]) {
+template <class T, int wide> BNB_DEVICE void store_rounded(const EpilogueInt8& e, int64_t row, int64_t column, const float (&y)[wide]) {
   uint32_t bits[wide];
   BNB_UNROLL
   for (int j = 0; j < wide; ++j)
@@ -100,21 +101,22 @@ template <class T, int wide> BNB_DEVICE void put_rounded(const Epilogue& e, int6
       bits[j] = dev::float_bits(y[j]);
     else
       bits[j] = dev::round_to<T>(y[j]).bits;
-  put(e, row, column, bits, sizeof(T));
+  store_values(e, row, column, bits, sizeof(T));
 }
 
 // The sums of a tile on their way to y: y = (sum * (column / 127^2)) * row + outliers + bias, each step in fp32 and in this order. All
 // threads of the block; each takes `tall` rows of `wide` columns at a time. sum(row, column, int32_t[wide]) reads the tile. `staged` holds
 // the first chunk of outliers; null where there cannot be any.
 template <int rows, int columns, int threads, int tall, int wide, class Sum>
-BNB_DEVICE void finish(const Epilogue& e, Staged<rows, columns>* staged, int64_t first_row, int64_t first_column, Sum sum) {
+BNB_DEVICE void apply_epilogue(const EpilogueInt8& e, OutlierStage<rows, columns>* staged, int64_t first_row, int64_t first_column,
+                               Sum sum) {
   constexpr int kBeside = columns / wide, kSlots = threads / kBeside;
   const int column = static_cast<int>(dev::thread()) % kBeside * wide, slot = static_cast<int>(dev::thread()) / kBeside;
   float scale[wide] = {}, bias[wide] = {};
   BNB_UNROLL
   for (int j = 0; j < wide; ++j) {
     const int64_t at = first_column + column + j;
-    if (e.raw || at >= e.n) break;
+    if (e.sums_only || at >= e.n) break;
     scale[j] = dev::mul(e.column_scale[at], 1 / 16129.0f);
     if (e.bias) bias[j] = value_at(e.bias, e.bias_type, at);
   }
@@ -147,11 +149,11 @@ BNB_DEVICE void finish(const Epilogue& e, Staged<rows, columns>* staged, int64_t
       if (first + i >= rows || row >= e.m) break;
       int32_t sums[wide];
       sum(first + i, column, sums);
-      if (e.raw) {
+      if (e.sums_only) {
         uint32_t bits[wide];
         BNB_UNROLL
         for (int j = 0; j < wide; ++j) bits[j] = static_cast<uint32_t>(sums[j]);
-        put(e, row, first_column + column, bits, 4);
+        store_values(e, row, first_column + column, bits, 4);
         continue;
       }
       const float row_scale = e.row_scale[row];
@@ -163,13 +165,13 @@ BNB_DEVICE void finish(const Epilogue& e, Staged<rows, columns>* staged, int64_t
         y[j] = dev::add(y[j], bias[j]);
       }
       if (e.out_type == DType::f32)
-        put_rounded<float>(e, row, first_column + column, y);
+        store_rounded<float>(e, row, first_column + column, y);
       else if (e.out_type == DType::f16)
-        put_rounded<Half>(e, row, first_column + column, y);
+        store_rounded<Half>(e, row, first_column + column, y);
       else
-        put_rounded<BFloat16>(e, row, first_column + column, y);
+        store_rounded<BFloat16>(e, row, first_column + column, y);
     }
   }
 }
 
-}  // namespace bnb::cuda::int8
+}  // namespace bnb::cuda::gemm

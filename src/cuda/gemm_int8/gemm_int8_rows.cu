@@ -5,21 +5,27 @@
 // bytes. Sums of the warps meet in shared memory; being integers they have no order.
 //
 // Reads n k bytes of W once and m k bytes of a for each block, from the caches. Lower bound: n k bytes at the bandwidth of memory.
+#include "cuda/device/cost.h"
 #include "cuda/gemm_int8/gemm_int8.cuh"
 
-namespace bnb::cuda::int8 {
+namespace bnb::cuda::gemm {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * static_cast<int>(dev::kWarp), kColumns = 16, kDepth = 64;
 constexpr int kAhead = 4;  // loads of a row that are in flight together
 
+struct Config {
+  int tiles;  // of 8 rows of a
+  constexpr int rows() const { return tiles * 8; }
+};
+constexpr Config kConfigs[] = {{1}, {2}};
+
 template <int tiles> struct Shared {
   int32_t sums[kWarps][tiles * 8][kColumns];
-  Staged<tiles * 8, kColumns> staged;
+  OutlierStage<tiles * 8, kColumns> staged;
 };
 
-// tiles: of 8 rows of a.
-template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(const int8_t* a, const int8_t* b, Epilogue e) {
+template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(const int8_t* a, const int8_t* b, EpilogueInt8 e) {
   auto& s = dev::shared<Shared<tiles>>();
   const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp()), g = lane / 4, t = lane % 4;
   const int64_t first = int64_t{dev::block().x} * kColumns;
@@ -60,7 +66,7 @@ template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(cons
       }
     }
   }
-  if (e.possible) s.staged.fill(e, 0, first, 0);
+  if (e.may_have_outliers) s.staged.fill(e, 0, first, 0);
   BNB_UNROLL
   for (int i = 0; i < tiles * 4; ++i) s.sums[warp][i / 4 * 8 + 2 * t + i % 2][i % 4 / 2 * 8 + g] = sums[i / 4][i % 4];
   dev::barrier();
@@ -69,34 +75,39 @@ template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(cons
     BNB_UNROLL
     for (int i = 0; i < kWarps; ++i) to[0] += s.sums[i][row][column];
   };
-  finish<tiles * 8, kColumns, kThreads, 1, 1>(e, e.possible ? &s.staged : nullptr, 0, first, sum);
+  apply_epilogue<tiles * 8, kColumns, kThreads, 1, 1>(e, e.may_have_outliers ? &s.staged : nullptr, 0, first, sum);
 }
 
-constexpr int kMostTiles = 2;
+std::string describe_config(const Plan& plan) {
+  return std::to_string(kConfigs[plan.config].rows()) + " rows, " + std::to_string(kColumns) + " columns a block";
+}
 
-template <int tiles> void run_rows(const Plan&, const Product& p, Stream stream) {
-  dev::launch({.op = p.op,
-               .dtype = p.to.out_type,
-               .shape = {p.to.m, p.to.n, p.to.k},
-               .grid = {static_cast<uint32_t>(parts(p.to.n, kColumns))},
-               .threads = kThreads,
-               .shared = sizeof(Shared<tiles>),
-               .stream = stream},
-              multiply_rows<tiles>, p.a, p.b, p.to);
+void offer(const ProductInt8& p, const dev::Device& device, std::vector<Plan>& plans) {
+  constexpr int kMostRows = kConfigs[std::size(kConfigs) - 1].rows();
+  if (!rows_aligned(p) || p.to.m > kMostRows) return;
+  // W comes from memory, rows of a from the caches.
+  const double blocks = static_cast<double>(parts(parts(p.to.n, kColumns), device.sms));
+  const double bytes = static_cast<double>(p.to.k) * (kColumns + 0.25 * static_cast<double>(p.to.m));
+  plans.push_back({.config = p.to.m > kConfigs[0].rows() ? 1 : 0,
+                   .clocks = kPlainLaunchClocks + blocks * bytes / kMemoryBytes,
+                   .describe = describe_config});
+}
+
+void run_config(const Plan& plan, const ProductInt8& p, void*, Stream stream) {
+  with_config<kConfigs>(plan.config, [&]<Config c> {
+    dev::launch({.op = p.op,
+                 .dtype = p.to.out_type,
+                 .shape = {p.to.m, p.to.n, p.to.k},
+                 .grid = {static_cast<uint32_t>(parts(p.to.n, kColumns))},
+                 .threads = kThreads,
+                 .shared = sizeof(Shared<c.tiles>),
+                 .stream = stream},
+                multiply_rows<c.tiles>, p.a, p.b, p.to);
+  });
 }
 
 }  // namespace
 
-void offer_rows(const Product& p, const dev::Device& device, std::vector<Plan>& plans) {
-  if (!rows_aligned(p) || p.to.m > 8 * kMostTiles) return;
-  // Of memory 16 bytes a clock reach a multiprocessor; rows of a come from its caches.
-  const int tiles = p.to.m > 8 ? 2 : 1;
-  const double blocks = static_cast<double>(parts(parts(p.to.n, kColumns), device.sms));
-  const double bytes = static_cast<double>(p.to.k) * (kColumns + 0.25 * static_cast<double>(p.to.m));
-  plans.push_back({.family = "rows",
-                   .text = std::to_string(8 * tiles) + " rows, 16 columns a block",
-                   .clocks = 2000 + blocks * bytes / 16,
-                   .run = tiles == 2 ? run_rows<2> : run_rows<1>});
-}
+const Family<ProductInt8> kRowsInt8 = {"rows", offer, run_config};
 
-}  // namespace bnb::cuda::int8
+}  // namespace bnb::cuda::gemm

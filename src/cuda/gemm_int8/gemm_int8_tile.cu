@@ -6,12 +6,11 @@
 //
 // Reads a once for each block of columns and W once for each block of rows. Lower bound: 2 m n k operations of the tensor cores.
 #include <algorithm>
-#include <utility>
 
-#include "cuda/gemm_4bit/gemm_4bit.h"
+#include "cuda/device/cost.h"
 #include "cuda/gemm_int8/gemm_int8.cuh"
 
-namespace bnb::cuda::int8 {
+namespace bnb::cuda::gemm {
 namespace {
 
 constexpr int kDepth = 64, kPitch = kDepth + 16;
@@ -31,16 +30,13 @@ struct Config {
 constexpr Config kConfigs[] = {
     {2, 2, 2, 2, 4, 4, true}, {2, 2, 2, 4, 4, 4, true}, {2, 4, 4, 4, 4, 2, true}, {2, 4, 4, 8, 4, 1, true}, {2, 2, 2, 4, 3, 4, false}};
 
-template <int config>
-BNB_KERNEL(kConfigs[config].threads(), kConfigs[config].per_sm)
-multiply_tile(const int8_t* a, const int8_t* b, Epilogue e, int64_t row_blocks) {
-  constexpr Config kC = kConfigs[config];
-  constexpr int kRows = kC.rows(), kColumns = kC.columns(), kThreads = kC.threads(), kStages = kC.stages, kStep = kThreads / 4;
-  constexpr int kMTiles = kC.m_tiles, kNTiles = kC.n_tiles;
-  constexpr bool kVectors = kC.vectors;
+template <Config c> BNB_KERNEL(c.threads(), c.per_sm) multiply_tile(const int8_t* a, const int8_t* b, EpilogueInt8 e, int64_t row_blocks) {
+  constexpr int kRows = c.rows(), kColumns = c.columns(), kThreads = c.threads(), kStages = c.stages, kStep = kThreads / 4;
+  constexpr int kMTiles = c.m_tiles, kNTiles = c.n_tiles;
+  constexpr bool kVectors = c.vectors;
   auto* shared = &dev::shared<uint8_t>();
   const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp());
-  const int warp_row = warp % kC.warps_m * kMTiles * 16, warp_column = warp / kC.warps_m * kNTiles * 8;
+  const int warp_row = warp % c.warps_m * kMTiles * 16, warp_column = warp / c.warps_m * kNTiles * 8;
   const int64_t first_row = dev::block().x % row_blocks * kRows, first_column = dev::block().x / row_blocks * kColumns;
   const int k = static_cast<int>(e.k), steps = (k + kDepth - 1) / kDepth;
 
@@ -61,7 +57,7 @@ multiply_tile(const int8_t* a, const int8_t* b, Epilogue e, int64_t row_blocks) 
     }
   };
   const auto copy = [&](int step) {
-    uint8_t* to = shared + step % kStages * kC.stage_bytes();
+    uint8_t* to = shared + step % kStages * c.stage_bytes();
     copy_rows(a + first_row * e.k, kRows, e.m - first_row, step, to);
     copy_rows(b + first_column * e.k, kColumns, e.n - first_column, step, to + kRows * kPitch);
   };
@@ -70,10 +66,10 @@ multiply_tile(const int8_t* a, const int8_t* b, Epilogue e, int64_t row_blocks) 
     if (i < steps) copy(i);
     dev::copy_commit();
   }
-  Staged<kRows, kColumns>* staged = nullptr;
-  if (e.possible) {
-    static_assert(sizeof(Staged<kRows, kColumns>) <= kC.staged_bytes());
-    staged = reinterpret_cast<Staged<kRows, kColumns>*>(shared + kC.tile_bytes());
+  OutlierStage<kRows, kColumns>* staged = nullptr;
+  if (e.may_have_outliers) {
+    static_assert(sizeof(OutlierStage<kRows, kColumns>) <= c.staged_bytes());
+    staged = reinterpret_cast<OutlierStage<kRows, kColumns>*>(shared + c.tile_bytes());
     staged->fill(e, first_row, first_column, 0);
   }
 
@@ -86,7 +82,7 @@ multiply_tile(const int8_t* a, const int8_t* b, Epilogue e, int64_t row_blocks) 
     dev::barrier();
     if (step + kStages - 1 < steps) copy(step + kStages - 1);
     dev::copy_commit();
-    const int offset = step % kStages * kC.stage_bytes();
+    const int offset = step % kStages * c.stage_bytes();
     BNB_UNROLL
     for (int at = 0; at < kDepth; at += 32) {
       uint32_t left[kMTiles][4], right[kNTiles / 2][4];
@@ -111,59 +107,61 @@ multiply_tile(const int8_t* a, const int8_t* b, Epilogue e, int64_t row_blocks) 
   for (int i = 0; i < kMTiles * kNTiles * 2; ++i) {
     const int row = warp_row + i / 2 / kNTiles * 16 + i % 2 * 8 + g, column = warp_column + i / 2 % kNTiles * 8 + 2 * t;
     const auto& from = sums[i / 2 / kNTiles][i / 2 % kNTiles];
-    dev::store_shared(tile + row * kC.sum_pitch() + column,
+    dev::store_shared(tile + row * c.sum_pitch() + column,
                       Bits<8>{static_cast<uint32_t>(from[i % 2 * 2]), static_cast<uint32_t>(from[i % 2 * 2 + 1])});
   }
   dev::barrier();
   const auto sum = [&](int row, int column, int32_t (&to)[8]) {
     BNB_UNROLL
     for (int i = 0; i < 8; i += 4) {
-      const auto v = dev::load_shared<Bits<16>>(tile + row * kC.sum_pitch() + column + i);
+      const auto v = dev::load_shared<Bits<16>>(tile + row * c.sum_pitch() + column + i);
       BNB_UNROLL
       for (int j = 0; j < 4; ++j) to[i + j] = static_cast<int32_t>(v.word[j]);
     }
   };
   constexpr int kTall = std::min(4, kRows / (kThreads / (kColumns / 8)));
-  finish<kRows, kColumns, kThreads, kTall, 8>(e, staged, first_row, first_column, sum);
+  apply_epilogue<kRows, kColumns, kThreads, kTall, 8>(e, staged, first_row, first_column, sum);
 }
 
-template <int config> void run_tile(const Plan&, const Product& p, Stream stream) {
-  constexpr Config kC = kConfigs[config];
-  const int64_t row_blocks = parts(p.to.m, kC.rows());
-  dev::launch({.op = p.op,
-               .dtype = p.to.out_type,
-               .shape = {p.to.m, p.to.n, p.to.k},
-               .grid = {static_cast<uint32_t>(std::min<int64_t>(row_blocks * parts(p.to.n, kC.columns()), UINT32_MAX))},
-               .threads = static_cast<uint32_t>(kC.threads()),
-               .shared = kC.shared(p.to.possible),
-               .stream = stream},
-              multiply_tile<config>, p.a, p.b, p.to, row_blocks);
+std::string describe_config(const Plan& plan) {
+  const Config& c = kConfigs[plan.config];
+  return std::to_string(c.rows()) + " x " + std::to_string(c.columns()) + " x 64, " + std::to_string(c.threads() / 32) + " warps, " +
+         std::to_string(c.stages) + " stages" + (c.vectors ? "" : ", any alignment");
+}
+
+void offer(const ProductInt8& p, const dev::Device& device, std::vector<Plan>& plans) {
+  const bool vectors = rows_aligned(p);
+  const Rates rates = rates_of(device.arch);
+  for (size_t i = 0; i < std::size(kConfigs); ++i) {
+    const Config& c = kConfigs[i];
+    if (c.vectors != vectors || c.shared(p.to.may_have_outliers) > device.shared_bytes) continue;
+    // A step: products, twice as fast as those of 16 bits, and bytes from the cache.
+    const double tiles = static_cast<double>(parts(parts(p.to.m, c.rows()) * parts(p.to.n, c.columns()), device.sms));
+    const double products = c.rows() * c.columns() * kDepth / (2 * rates.mma), bytes = (c.rows() + c.columns()) * kDepth / rates.l2_bytes;
+    const double step = std::max(kShortestStepClocks, tiles * kTileOverhead * std::max(products, bytes));
+    plans.push_back(
+        {.config = static_cast<int>(i),
+         .clocks = kLaunchClocks + static_cast<double>(parts(p.to.k, kDepth)) * step + tiles * c.rows() * c.columns() / kTileStoreElements,
+         .describe = describe_config});
+  }
+}
+
+void run_config(const Plan& plan, const ProductInt8& p, void*, Stream stream) {
+  with_config<kConfigs>(plan.config, [&]<Config c> {
+    const int64_t row_blocks = parts(p.to.m, c.rows());
+    dev::launch({.op = p.op,
+                 .dtype = p.to.out_type,
+                 .shape = {p.to.m, p.to.n, p.to.k},
+                 .grid = {static_cast<uint32_t>(std::min<int64_t>(row_blocks * parts(p.to.n, c.columns()), UINT32_MAX))},
+                 .threads = static_cast<uint32_t>(c.threads()),
+                 .shared = c.shared(p.to.may_have_outliers),
+                 .stream = stream},
+                multiply_tile<c>, p.a, p.b, p.to, row_blocks);
+  });
 }
 
 }  // namespace
 
-void offer_tiles(const Product& p, const dev::Device& device, std::vector<Plan>& plans) {
-  const bool vectors = rows_aligned(p);
-  const auto rates = gemm4::rates_of(device.arch);
-  const auto offer = [&]<size_t i>(std::integral_constant<size_t, i>) {
-    constexpr Config kC = kConfigs[i];
-    if (kC.vectors != vectors || kC.shared(p.to.possible) > device.shared_bytes) return;
-    // A step: products, twice as fast as those of 16 bits, and bytes from the cache; a block alone waits for its copies.
-    const double tiles = static_cast<double>(parts(parts(p.to.m, kC.rows()) * parts(p.to.n, kC.columns()), device.sms));
-    const double products = kC.rows() * kC.columns() * kDepth / (2 * rates.mma),
-                 bytes = (kC.rows() + kC.columns()) * kDepth / rates.l2_bytes;
-    const double step = std::max(300.0, tiles * 1.2 * std::max(products, bytes));
-    plans.push_back({.family = "tile",
-                     .text = std::to_string(kC.rows()) + " x " + std::to_string(kC.columns()) + " x 64, " +
-                             std::to_string(kC.threads() / 32) + " warps, " + std::to_string(kC.stages) + " stages" +
-                             (vectors ? "" : ", any alignment"),
-                     .clocks = 3000 + static_cast<double>(parts(p.to.k, kDepth)) * step + tiles * kC.rows() * kC.columns() / 32,
-                     .config = static_cast<int>(i),
-                     .run = run_tile<static_cast<int>(i)>});
-  };
-  [&]<size_t... i>(std::index_sequence<i...>) {
-    (offer(std::integral_constant<size_t, i>()), ...);
-  }(std::make_index_sequence<std::size(kConfigs)>());
-}
+const Family<ProductInt8> kTileInt8 = {"tile", offer, run_config};
 
-}  // namespace bnb::cuda::int8
+}  // namespace bnb::cuda::gemm

@@ -13,7 +13,7 @@
 #include "cuda/gemm_int8/gemm_int8.cuh"
 
 namespace bnb::cuda {
-namespace int8 {
+namespace gemm {
 namespace {
 
 constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
@@ -205,7 +205,7 @@ BNB_KERNEL(256, 4) clear_columns(uint8_t* codes, int64_t rows, int64_t columns, 
   int total = 0;
   for (int first = 0; first == 0 || first < total; first += kCleared) {
     if (dev::warp() == 0) {
-      const int all = find(outliers, columns, first, kCleared, s.column);
+      const int all = select_outliers(outliers, columns, first, kCleared, s.column);
       if (dev::lane() == 0) s.total = all;
     }
     dev::barrier();
@@ -355,15 +355,15 @@ void quantize_rows(const char* op, const QuantizeInt8& d, Stream stream) {
   dev::launch(l, clear_columns, codes, d.rows, d.columns, Outliers{.words = d.outliers.data(), .word_count = words});
 }
 
-}  // namespace int8
+}  // namespace gemm
 
 void quantize_int8(const QuantizeInt8& d, Stream stream) {
   check_arguments(d);
-  int8::quantize_rows("quantize_int8", d, stream);
+  gemm::quantize_rows("quantize_int8", d, stream);
 }
 
 void quantize_columns_int8(const QuantizeColumnsInt8& d, Stream stream) {
-  using namespace int8;
+  using namespace gemm;
   check_arguments(d);
   if (d.columns == 0) return;
   dev::zero_async("quantize_columns_int8", d.scale.data(), d.columns * 4, stream);
@@ -392,7 +392,7 @@ void quantize_columns_int8(const QuantizeColumnsInt8& d, Stream stream) {
 }
 
 void dequantize_int8(const DequantizeInt8& d, Stream stream) {
-  using namespace int8;
+  using namespace gemm;
   check_arguments(d);
   if (d.rows == 0 || d.columns == 0) return;
   visit(d.out.dtype, [&](auto t) {

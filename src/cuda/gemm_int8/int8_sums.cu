@@ -8,11 +8,11 @@
 #include "cuda/gemm_int8/gemm_int8.cuh"
 
 namespace bnb::cuda {
-namespace int8 {
+namespace gemm {
 namespace {
 
 constexpr int kSumRows = 32, kSumColumns = 256, kSumThreads = 256;
-BNB_KERNEL(kSumThreads, 3) finish_sums(const int32_t* sums, Epilogue e, bool vectors, int64_t row_blocks) {
+BNB_KERNEL(kSumThreads, 3) finish_sums(const int32_t* sums, EpilogueInt8 e, bool vectors, int64_t row_blocks) {
   const int64_t first_row = dev::block().x % row_blocks * kSumRows, first_column = dev::block().x / row_blocks * kSumColumns;
   const auto sum = [&](int row, int column, int32_t (&to)[8]) {
     const int32_t* from = sums + (first_row + row) * e.n + first_column + column;
@@ -25,7 +25,8 @@ BNB_KERNEL(kSumThreads, 3) finish_sums(const int32_t* sums, Epilogue e, bool vec
       for (int j = 0; j < 4; ++j) to[i + j] = vectors ? static_cast<int32_t>(v.word[j]) : i + j < left ? from[i + j] : 0;
     }
   };
-  finish<kSumRows, kSumColumns, kSumThreads, 4, 8>(e, static_cast<Staged<kSumRows, kSumColumns>*>(nullptr), first_row, first_column, sum);
+  apply_epilogue<kSumRows, kSumColumns, kSumThreads, 4, 8>(e, static_cast<OutlierStage<kSumRows, kSumColumns>*>(nullptr), first_row,
+                                                           first_column, sum);
 }
 
 template <int size> BNB_KERNEL(256, 4) gather(const uint8_t* x, int64_t rows, int64_t columns, Outliers from, uint8_t* to) {
@@ -37,10 +38,10 @@ template <int size> BNB_KERNEL(256, 4) gather(const uint8_t* x, int64_t rows, in
 }
 
 }  // namespace
-}  // namespace int8
+}  // namespace gemm
 
 void dequantize_sums(const DequantizeSums& d, Stream stream) {
-  using namespace int8;
+  using namespace gemm;
   check_arguments(d);
   if (d.m == 0 || d.n == 0) return;
   const int64_t row_blocks = parts(d.m, kSumRows);
@@ -54,7 +55,7 @@ void dequantize_sums(const DequantizeSums& d, Stream stream) {
 }
 
 void gather_columns(const GemmInt8& d, void* to, Stream stream) {
-  using namespace int8;
+  using namespace gemm;
   check_arguments(d, false);
   const int64_t count = d.m * std::ssize(d.outliers);
   if (count == 0) return;
