@@ -3,7 +3,7 @@
 #include <bnb/cuda.h>
 
 #include "common/check.h"
-#include "cuda/blockwise/plain.h"
+#include "cuda/legacy/legacy.h"
 #include "table.h"
 
 namespace bnb::c_symbols {
@@ -11,7 +11,7 @@ namespace {
 
 using cuda::Stream;
 using cuda::dev::StreamMemory;
-namespace plain = cuda::plain;
+namespace legacy = cuda::legacy;
 
 constexpr Stream kDefault = nullptr;
 
@@ -60,7 +60,7 @@ template <class T>
 void gemv_4bit(int64_t m, int64_t n, int64_t k, const void* a, const uint8_t* b, const float* absmax, const float* datatype, void* out,
                int64_t blocksize, Stream stream) {
   const int64_t size = Checker("cgemm_4bit_inference_naive").product("n * k", n, k);
-  plain::gemv_4bit(
+  legacy::gemv_4bit(
       {.m = n, .n = m, .k = k, .blocksize = blocksize, .x = read<T>(a, size), .codes = b, .absmax = absmax, .map = datatype, .y = out},
       stream);
 }
@@ -125,13 +125,13 @@ class StaticState {
     Checker("optimizer_step").that(codes && map && max && new_max, "state, quantiles or max", "null", "a pointer to its elements");
     const int64_t count = blocks(n, kMaxBlocksize);
     const StreamMemory absmax("optimizer_step", count * 4, kDefault);
-    plain::fill(absmax.as<float>(), max, count, kDefault);
+    legacy::fill(absmax.as<float>(), max, count, kDefault);
     dequantize<float>(map, codes, absmax.as<float>(), values(), kMaxBlocksize, n, kDefault);
   }
   float* values() const { return values_.as<float>(); }
   void store() const {
-    plain::largest_magnitude(values(), n_, new_max_, kDefault);
-    plain::encode(values(), new_max_, map_, codes_, n_, kDefault);
+    legacy::largest_magnitude(values(), n_, new_max_, kDefault);
+    legacy::encode(values(), new_max_, map_, codes_, n_, kDefault);
   }
 
  private:
@@ -174,7 +174,7 @@ void quantize_int8(const Half* a, int8_t* out, float* row_stats, float threshold
   check.that(threshold >= 0, "threshold", threshold, "a number of 0 or more");
   const bool masked = threshold > 0 && a;
   const StreamMemory inside("quantize_int8", masked ? size * 2 : 0, stream);
-  if (masked) plain::clear_outliers(a, inside.as<Half>(), threshold, size, stream);
+  if (masked) legacy::clear_outliers(a, inside.as<Half>(), threshold, size, stream);
   cuda::quantize_int8({.rows = rows,
                        .columns = columns,
                        .x = read<Half>(masked ? inside.as<Half>() : a, size),
@@ -189,7 +189,7 @@ class Rows {
   Rows(const int8_t* from, int64_t rows, int64_t k, int64_t row_stride, int64_t step, Stream stream)
       : data_(from), copy_("gemm_int8", from && !(step == 1 && row_stride == k) ? rows * k : 0, stream) {
     if (!copy_.data()) return;
-    plain::gather(from, row_stride, step, copy_.as<int8_t>(), rows, k, stream);
+    legacy::gather(from, row_stride, step, copy_.as<int8_t>(), rows, k, stream);
     data_ = copy_.as<int8_t>();
   }
   const int8_t* data() const { return data_; }
@@ -225,9 +225,9 @@ int gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* a, const int8_t* b,
   int32_t* to = direct ? static_cast<int32_t*>(c) : sums.as<int32_t>();
   sum_int8(rows_a, rows_b, to, m, n, k, stream);
   if (output != Output::sums)
-    plain::narrow(to, output == Output::int8_scaled ? row_scale : nullptr, static_cast<int8_t*>(c), ldc, n, m, stream);
+    legacy::narrow(to, output == Output::int8_scaled ? row_scale : nullptr, static_cast<int8_t*>(c), ldc, n, m, stream);
   else if (!direct)
-    plain::scatter(to, static_cast<int32_t*>(c), ldc, n, m, stream);
+    legacy::scatter(to, static_cast<int32_t*>(c), ldc, n, m, stream);
   return 0;
 }
 
@@ -248,7 +248,7 @@ void igemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, 
   const StreamMemory sums("gemm_int8", ldc == m ? 0 : size * 4, kDefault);
   int32_t* to = ldc == m ? c : sums.as<int32_t>();
   sum_int8(rows_a, rows_b, to, m, n, k, kDefault);
-  if (to != c) plain::scatter(to, c, ldc, n, m, kDefault);
+  if (to != c) legacy::scatter(to, c, ldc, n, m, kDefault);
 }
 
 void batched_igemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const int8_t* a, const int8_t* b, int32_t* c,
@@ -271,12 +271,12 @@ void prefetch(const void* from, size_t bytes, int device) {
 
 void quantize_unscaled(const float* code, const float* a, uint8_t* out, int64_t n) {
   Checker("cquantize").that(n <= 0 || (code && a && out), "code, A or out", "null", "a pointer to its elements");
-  plain::encode(a, nullptr, code, out, n, kDefault);
+  legacy::encode(a, nullptr, code, out, n, kDefault);
 }
 void dequantize_unscaled(const float* code, const uint8_t* a, float* out, int64_t n, Stream stream) {
   const int64_t count = blocks(n, kMaxBlocksize);
   const StreamMemory ones("cdequantize", count * 4, stream);
-  plain::fill(ones.as<float>(), 1.0f, count, stream);
+  legacy::fill(ones.as<float>(), 1.0f, count, stream);
   dequantize<float>(code, a, ones.as<float>(), out, kMaxBlocksize, n, stream);
 }
 
@@ -286,12 +286,12 @@ template <class T> void squares(const void* g, float* history, int step, int64_t
   check.that(step >= 0, "step", step, "0 or more");
   check.that(history != nullptr, "gnorm_vec", "null", "a pointer to its 100 elements");
   check.view("g", read<T>(g, n));
-  const StreamMemory partial("cpercentile_clipping", plain::kSquares * 8, kDefault);
-  plain::sum_of_squares(read<T>(g, n), history + step % 100, partial.as<double>(), kDefault);
+  const StreamMemory partial("cpercentile_clipping", legacy::kSquares * 8, kDefault);
+  legacy::sum_of_squares(read<T>(g, n), history + step % 100, partial.as<double>(), kDefault);
 }
 
 // c = a * b, or c += a * b, for a sparse a of int32 coordinates; sums in fp32. `pitch`: elements from row to row of c.
-void multiply_sparse(plain::Sparse s, Half* c, int64_t pitch, bool add) {
+void multiply_sparse(legacy::Sparse s, Half* c, int64_t pitch, bool add) {
   const Checker check("cspmm_coo");
   const int64_t size = check.product("rows * columns", s.rows, s.n);
   check.product("nnz * columns", s.nnz, s.n);
@@ -301,11 +301,11 @@ void multiply_sparse(plain::Sparse s, Half* c, int64_t pitch, bool add) {
   const StreamMemory sums("cspmm_coo", size * 4, kDefault);
   s.sums = sums.as<float>();
   if (add)
-    plain::widen(c, pitch, s.sums, s.rows, s.n, kDefault);
+    legacy::widen(c, pitch, s.sums, s.rows, s.n, kDefault);
   else
     cuda::dev::zero_async("cspmm_coo", s.sums, size * 4, kDefault);
-  plain::add_product(s, kDefault);
-  plain::round(s.sums, c, pitch, s.rows, s.n, kDefault);
+  legacy::add_product(s, kDefault);
+  legacy::round(s.sums, c, pitch, s.rows, s.n, kDefault);
 }
 void spmm(const int32_t* row, const int32_t* column, const Half* value, int64_t nnz, int64_t rows, int64_t columns, int64_t n, int64_t ldb,
           const Half* b, int64_t ldc, Half* c, bool transposed_b) {
@@ -324,7 +324,7 @@ void spmm(const int32_t* row, const int32_t* column, const Half* value, int64_t 
 template <class T>
 void spmm_very_sparse(const int32_t* row, const int32_t* column, const Half* value, const T* b, Half* out, const float* scale, int64_t nnz,
                       int64_t rows, int64_t columns, int64_t n) {
-  plain::Sparse s = {.nnz = nnz, .rows = rows, .columns = columns, .n = n, .row = row, .column = column, .value = value, .row_stride = n};
+  legacy::Sparse s = {.nnz = nnz, .rows = rows, .columns = columns, .n = n, .row = row, .column = column, .value = value, .row_stride = n};
   if constexpr (std::is_same_v<T, Half>)
     s.b = b;
   else
@@ -414,10 +414,11 @@ using namespace bnb::c_symbols;
 #define ALLOCATE(name, ...) BNB_SYMBOL(name, (size_t bytes), cuda::allocate_managed(static_cast<int64_t>(bytes)))
 #define PREFETCH(name, ...) BNB_SYMBOL(name, (void* data, size_t bytes, int32_t device), c_symbols::prefetch(data, bytes, device))
 #define FILL(name, T) \
-  BNB_SYMBOL(name, (T * a, const T* b, T value, int64_t n), need(a || n <= 0, "fill"), plain::fill(a, value, n, kDefault))
-#define ARANGE(name, T) BNB_SYMBOL(name, (T * a, const T* b, T value, int64_t n), need(a || n <= 0, "arange"), plain::count(a, n, kDefault))
+  BNB_SYMBOL(name, (T * a, const T* b, T value, int64_t n), need(a || n <= 0, "fill"), legacy::fill(a, value, n, kDefault))
+#define ARANGE(name, T) \
+  BNB_SYMBOL(name, (T * a, const T* b, T value, int64_t n), need(a || n <= 0, "arange"), legacy::count(a, n, kDefault))
 #define MULTIPLY(name, T) \
-  BNB_SYMBOL(name, (T * a, const T* b, T value, int64_t n), need((a && b) || n <= 0, "mul"), plain::multiply(a, b, n, kDefault))
+  BNB_SYMBOL(name, (T * a, const T* b, T value, int64_t n), need((a && b) || n <= 0, "mul"), legacy::multiply(a, b, n, kDefault))
 #define QUANTIZE_UNSCALED(name, ...) \
   BNB_SYMBOL(name, (const float* code, const float* a, uint8_t* out, int32_t n), c_symbols::quantize_unscaled(code, a, out, n))
 #define DEQUANTIZE_UNSCALED(name, ...)                                                         \

@@ -1,5 +1,5 @@
-// Plain kernels for python/c_symbols; plain.h says what each computes.
-#include "cuda/blockwise/plain.h"
+// Kernels that only the C functions of the released package need (python/c_symbols); legacy.h says what each computes.
+#include "cuda/legacy/legacy.h"
 
 #include <algorithm>
 #include <bit>
@@ -9,7 +9,7 @@
 #include "common/formats.h"
 #include "cuda/blockwise/encode8.cuh"
 
-namespace bnb::cuda::plain {
+namespace bnb::cuda::legacy {
 namespace {
 
 using dev::Bits;
@@ -259,4 +259,4 @@ void gemv_4bit(const Gemv& d, Stream stream) {
   visit(d.x.dtype, [&]<class T>(T) { dev::launch(l, gemv<T>, d, std::countr_zero(static_cast<uint64_t>(d.blocksize)), vectors); });
 }
 
-}  // namespace bnb::cuda::plain
+}  // namespace bnb::cuda::legacy

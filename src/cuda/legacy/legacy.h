@@ -1,5 +1,5 @@
-// Steps that the C functions of the released package (python/c_symbols) need beside the operations of bnb/cuda.h. Plain kernels, an element
-// a thread: right, stream-ordered and without a wait, not tuned. Pointers are of the device; sizes below 1 do nothing.
+// Kernels that only the C functions of the released package (python/c_symbols) need, beside the operations of bnb/cuda.h. One element per
+// thread; stream-ordered, without a wait, not tuned. Pointers are to device memory; with a size below 1 nothing is done.
 #pragma once
 
 #include <bnb/types.h>
@@ -8,7 +8,7 @@
 
 #include "cuda/device/device.h"
 
-namespace bnb::cuda::plain {
+namespace bnb::cuda::legacy {
 
 void fill(float* to, float value, int64_t n, Stream);
 void fill(uint8_t* to, uint8_t value, int64_t n, Stream);
@@ -33,7 +33,7 @@ void sum_of_squares(const ConstView& x, float* to, double* partial, Stream);
 void encode(const float* x, const float* absmax, const float* map, uint8_t* codes, int64_t n, Stream);
 
 // y [m, n] = x [m, k] times the transpose of a weight [n, k] of 4-bit codes with any 16 values. w = map[code] * absmax, rounded to the type
-// of x as dequantize_4bit does; products are summed in fp32. A warp a row of the weight: reads its k / 2 bytes once for each row of x.
+// of x as dequantize_4bit does; products are summed in fp32. One warp per row of the weight, whose k / 2 bytes it reads once per row of x.
 struct Gemv {
   int64_t m = 0, n = 0, k = 0, blocksize = 64;
   ConstView x = {};                // m * k
@@ -60,4 +60,4 @@ void add_product(const Sparse&, Stream);
 void widen(const Half* from, int64_t pitch, float* to, int64_t rows, int64_t columns, Stream);
 void round(const float* from, Half* to, int64_t pitch, int64_t rows, int64_t columns, Stream);
 
-}  // namespace bnb::cuda::plain
+}  // namespace bnb::cuda::legacy
