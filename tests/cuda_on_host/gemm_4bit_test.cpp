@@ -46,7 +46,7 @@ template <class T> class Problem {
   Gemm4bit d_;
 };
 
-bool is_exact(const std::string& plan) { return plan.find("rows, ") == std::string::npos && plan.find("stretched") == std::string::npos; }
+bool is_exact(const std::string& plan) { return plan.find("rows, ") == std::string::npos && plan.find("prescaled") == std::string::npos; }
 
 // Kernels that scale the sums of blocks are held to the weight before it is rounded, and to less than it loses by that.
 template <class T>

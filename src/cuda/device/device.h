@@ -92,5 +92,5 @@ inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uint
 }  // namespace bnb::cuda::dev
 
 namespace bnb::cuda {
-constexpr int64_t parts(int64_t n, int64_t part) { return n / part + (n % part != 0); }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return n / by + (n % by != 0); }
 }  // namespace bnb::cuda

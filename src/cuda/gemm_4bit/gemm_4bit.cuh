@@ -71,13 +71,14 @@ BNB_DEVICE uint32_t line_address(uint32_t codes, int byte, uint32_t lane_offset)
   return dev::permute(codes, lane_offset, 0x5504 | static_cast<uint32_t>(byte) << 4);
 }
 
-// The values of a format times `stretch`, rounded to T. The factors are those that make the error of rounding least: fp4 has none left, nf4
-// 6.3e-4 in bf16 (1.06e-3 without, about as much as rounding every weight) and 6e-5 in fp16, root mean square. It is divided out of sums.
+// The values of a format times `prescale`, rounded to T. The factors are those that make the error of rounding least: fp4 has none left,
+// nf4 6.3e-4 in bf16 (1.06e-3 without, about as much as rounding every weight) and 6e-5 in fp16, root mean square. It is divided out of
+// sums.
 struct Values {
   uint16_t bits[2][16];  // by QuantType
   float inverse[2];
 };
-template <class T> constexpr Values stretched() {
+template <class T> constexpr Values prescaled() {
   constexpr double kNf4 = dtype_of<T> == DType::bf16 ? 1.4370059967041016 : 1.677689552307129, kFp4 = 3;
   Values v{};
   for (int i = 0; i < 16; ++i) {
@@ -88,7 +89,7 @@ template <class T> constexpr Values stretched() {
   v.inverse[static_cast<int>(QuantType::fp4)] = static_cast<float>(1 / kFp4);
   return v;
 }
-template <class T> BNB_TABLE Values kStretched = stretched<T>();
+template <class T> BNB_TABLE Values kPrescaled = prescaled<T>();
 
 struct Codebooks {
   float values[2][16];  // by QuantType
@@ -103,10 +104,10 @@ constexpr Codebooks make_codebooks() {
 }
 BNB_TABLE Codebooks kCodebooks = make_codebooks();
 
-// Pairs of stretched values in the lower half of each line, 4 bytes a lane; the upper half is free.
-template <class T> struct StretchedPairs {
+// Pairs of prescaled values in the lower half of each line, 4 bytes a lane; the upper half is free.
+template <class T> struct PrescaledPairs {
   BNB_DEVICE static void fill(uint8_t* lines, QuantType type) {
-    const uint16_t* bits = kStretched<T>.bits[static_cast<int>(type)];
+    const uint16_t* bits = kPrescaled<T>.bits[static_cast<int>(type)];
     for (unsigned i = dev::thread(); i < kLines * 8; i += dev::threads()) {
       const unsigned byte = i / 8;
       const uint32_t pair = bits[byte >> 4] | uint32_t{bits[byte & 15]} << 16;

@@ -119,7 +119,7 @@ void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plan
 void run_config(const Plan& p, const Gemm4bit& d, void*, Stream stream) {
   const bool words = d.k % kPer == 0 && reinterpret_cast<uintptr_t>(d.codes.data()) % 4 == 0;
   const auto launch = [&]<class T, bool aligned, int rows>() {
-    const int64_t tiles = parts(d.m, rows) * parts(d.n, kWarps * kColumns);
+    const int64_t tiles = ceil_div(d.m, rows) * ceil_div(d.n, kWarps * kColumns);
     dev::launch({.op = "gemm_4bit",
                  .dtype = d.a.dtype,
                  .shape = {d.m, d.n, d.k},

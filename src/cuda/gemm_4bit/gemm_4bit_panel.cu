@@ -19,7 +19,7 @@ BNB_KERNEL(256, 8) decode_scales(Weight4bit w, int64_t blocks, float* to) {
   for (int64_t i = int64_t{dev::block().x} * 256 + dev::thread(); i < blocks; i += int64_t{dev::grid().x} * 256) to[i] = scales[i];
 }
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return parts(n, to) * to; }
+constexpr int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 // | library's workspace | panel | scales |
 struct Layout {
@@ -44,11 +44,11 @@ void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plan
   Plan p = {.describe = describe_config};
   // A part of the cache's half, at least as many rows as fill the device.
   const int64_t most = std::max<int64_t>(4 * kRowStep, device.l2_bytes / 2 / (d.k * size) / kRowStep * kRowStep);
-  p.panel = std::min(d.n, round_up(parts(d.n, parts(d.n, most)), kRowStep));
+  p.panel = std::min(d.n, round_up(ceil_div(d.n, ceil_div(d.n, most)), kRowStep));
   p.workspace = layout_of(p, d).bytes;
   const double weights = static_cast<double>(d.n) * static_cast<double>(d.k) / device.sms, rows = static_cast<double>(d.m);
   const double speed = d.a.dtype == DType::f32 ? kLibraryFp32 : rates.library;
-  p.clocks = kLaunchClocks * (2.0 * static_cast<double>(parts(d.n, p.panel)) + 1) +
+  p.clocks = kLaunchClocks * (2.0 * static_cast<double>(ceil_div(d.n, p.panel)) + 1) +
              weights * (rows / speed + (0.5 + static_cast<double>(size)) / (rates.l2_bytes / 2));
   plans.push_back(p);
 }
@@ -64,7 +64,7 @@ void run_config(const Plan& p, const Gemm4bit& d, void* workspace, Stream stream
     dev::launch({.op = "gemm_4bit",
                  .dtype = d.a.dtype,
                  .shape = {d.m, d.n, d.k},
-                 .grid = {static_cast<uint32_t>(std::min<int64_t>(parts(blocks, 256), int64_t{8} * dev::device().sms))},
+                 .grid = {static_cast<uint32_t>(std::min<int64_t>(ceil_div(blocks, 256), int64_t{8} * dev::device().sms))},
                  .threads = 256,
                  .stream = stream},
                 decode_scales, weight_of(d), blocks, scales);

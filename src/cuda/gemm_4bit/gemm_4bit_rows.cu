@@ -42,9 +42,9 @@ struct Split {
   int items, blocks;  // of all rows; of the grid
 };
 Split split_of(int64_t n, int64_t k, int warps, int sms) {
-  const int64_t units = parts(k, kDepth), slices = parts(units, warps), k_warps = parts(units, slices), groups = warps / k_warps;
-  const int64_t items = parts(n, 16 * groups);
-  const int64_t blocks = std::max(std::min<int64_t>(items, sms), slices == 1 ? 0 : parts(items, kBatch));
+  const int64_t units = ceil_div(k, kDepth), slices = ceil_div(units, warps), k_warps = ceil_div(units, slices), groups = warps / k_warps;
+  const int64_t items = ceil_div(n, 16 * groups);
+  const int64_t blocks = std::max(std::min<int64_t>(items, sms), slices == 1 ? 0 : ceil_div(items, kBatch));
   const auto i = [](int64_t x) { return static_cast<int>(x); };
   return {i(slices), i(k_warps), i(groups), i(k_warps * kDepth), i(groups * 16), i(items), i(blocks)};
 }
@@ -176,7 +176,7 @@ template <class T, Config c>
 BNB_DEVICE void multiply_unit(Unit<c>& u, const typename Unit<c>::Source& next, const uint8_t* lines, const Activations<c>& x,
                               const float (&scale)[2][Unit<c>::kSlots], float (&total)[c.tiles][4]) {
   const int lane = static_cast<int>(dev::lane()), t = lane % 4;
-  const uint32_t lane_offset = StretchedPairs<T>::lane_offset();
+  const uint32_t lane_offset = PrescaledPairs<T>::lane_offset();
   BNB_UNROLL
   for (int chunk = 0; chunk < c.chunks(); ++chunk) {
     float d[c.tiles][4] = {};
@@ -184,7 +184,7 @@ BNB_DEVICE void multiply_unit(Unit<c>& u, const typename Unit<c>::Source& next, 
     for (int i = 0; i < c.chunk() / 16; ++i) {
       uint32_t pairs[4];
       BNB_UNROLL
-      for (int j = 0; j < 4; ++j) pairs[j] = StretchedPairs<T>::pair(lines, u.codes[j % 2][chunk][i / 2], i % 2 * 2 + j / 2, lane_offset);
+      for (int j = 0; j < 4; ++j) pairs[j] = PrescaledPairs<T>::pair(lines, u.codes[j % 2][chunk][i / 2], i % 2 * 2 + j / 2, lane_offset);
       BNB_UNROLL
       for (int tile = 0; tile < c.tiles; ++tile) dev::mma<T>(d[tile], pairs, x[tile][chunk * (c.chunk() / 16) + i]);
     }
@@ -236,7 +236,7 @@ BNB_DEVICE void store_sums(Shared<c>& s, int buffer, const Schedule& schedule, c
       const int row = (first + cursor.item * split.blocks) * split.rows + group * 16 + i / 2 * 8 + at / 4;
       if (row < n)
         static_cast<T*>(epilogue.y)[row_of_a * w.n + row] =
-            dev::round_to<T>(dev::add(dev::mul(sum, kStretched<T>.inverse[static_cast<int>(w.type)]), bias_at(epilogue, row)));
+            dev::round_to<T>(dev::add(dev::mul(sum, kPrescaled<T>.inverse[static_cast<int>(w.type)]), bias_at(epilogue, row)));
     }
   }
 }
@@ -258,7 +258,7 @@ template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight4bit w, c
     for (int step = 0; step < c.steps; ++step) unit[step].load_all(unit[step].begin(w, scales, schedule.ahead(start, step)));
     Activations<c> x;
     load_activations<T, c>(a, m, k, start.column, x);
-    StretchedPairs<T>::fill(s.lines[0], w.type);
+    PrescaledPairs<T>::fill(s.lines[0], w.type);
     dev::barrier();
 
     int buffer = 0;
@@ -300,12 +300,12 @@ void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plan
     const Config& c = kConfigs[i];
     const Split split = split_of(d.n, d.k, c.warps(), device.sms);
     if ((d.m > c.rows() && c.tiles < 4) || d.blocksize % c.granule != 0 || d.k % c.granule != 0) continue;
-    const int64_t steps = parts(split.items, split.blocks) * split.slices * parts(split.blocks, device.sms);
+    const int64_t steps = ceil_div(split.items, split.blocks) * split.slices * ceil_div(split.blocks, device.sms);
     // A step of a warp: 64 lines of shared memory, one a clock, and its sums; 2 KiB of W, which narrow loads make dearer.
     const int warps = split.k_warps * split.groups, bytes = c.granule * c.halves / 8;
     const double lines = warps * (64.0 + 8 * c.tiles), products = warps * 16.0 * kDepth * 8 * c.tiles / rates.mma;
     const double loads = warps * 2048 / rates.l2_bytes * load_factor(bytes);
-    const auto passes = static_cast<double>(parts(d.m, c.rows()));
+    const auto passes = static_cast<double>(ceil_div(d.m, c.rows()));
     plans.push_back({.config = static_cast<int>(i),
                      .clocks = passes * (kLaunchClocks + static_cast<double>(steps) * std::max({lines, loads, products})) + 16.0 / bytes,
                      .describe = describe_config});

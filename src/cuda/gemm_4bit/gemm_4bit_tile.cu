@@ -8,7 +8,7 @@
 // Reads W once for `tiles * 8` rows of a, and all of a for each block of columns. Lower bound: 2 m n k operations of the tensor cores.
 //
 // Two ways to decode. Exact: w = T(value * absmax), as dequantize_4bit has it. Sums are added in order of k, so a row of y depends neither
-// on m nor on the tile. Stretched: values rounded to T, absmax multiplied to the fp32 sum of a block (gemm_4bit.cuh has the error), which
+// on m nor on the tile. Prescaled: values rounded to T, absmax multiplied to the fp32 sum of a block (gemm_4bit.cuh has the error), which
 // takes less than half the instructions a weight.
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
@@ -151,11 +151,11 @@ template <class T, bool exact> class Decoder {
 template <class T> class Decoder<T, false> {
  public:
   BNB_DEVICE Decoder(uint8_t* table, QuantType type) : table_(table) {
-    StretchedPairs<T>::fill(table, type);
-    lane_offset_ = StretchedPairs<T>::lane_offset();
+    PrescaledPairs<T>::fill(table, type);
+    lane_offset_ = PrescaledPairs<T>::lane_offset();
   }
   BNB_DEVICE uint32_t operator()(uint32_t codes, int byte, float) const {
-    return StretchedPairs<T>::pair(table_, codes, byte, lane_offset_);
+    return PrescaledPairs<T>::pair(table_, codes, byte, lane_offset_);
   }
 
  private:
@@ -261,7 +261,7 @@ BNB_DEVICE void round_sums(const Position<c>& at, const Sums<c>& sums, const Epi
     BNB_UNROLL
     for (int tile = 0; tile < c.tiles; ++tile) BNB_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const float factor = c.exact ? 1.0f : kStretched<T>.inverse[static_cast<int>(type)];
+      const float factor = c.exact ? 1.0f : kPrescaled<T>.inverse[static_cast<int>(type)];
       const float sum = c.exact ? sums[i][tile][j + h] : dev::mul(sums[i][tile][j + h], factor);
       tile_of_y[at.row(tile, h) * c.out_pitch() + at.column(i, j)] = dev::round_to<T>(dev::add(sum, bias));
     }
@@ -348,7 +348,7 @@ constexpr Config kConfigs[] = {{16, 1, 4, false}, {16, 1, 8, false}, {16, 1, 4, 
 std::string describe_config(const Plan& p) {
   const Config& c = kConfigs[p.config];
   return std::to_string(c.rows()) + " x " + std::to_string(c.columns()) + " x 64, " + std::to_string(c.warps) + " warps, " +
-         std::to_string(kStages) + " stages, " + (c.exact ? "exact" : "stretched") + " weights, k in " + std::to_string(p.splits);
+         std::to_string(kStages) + " stages, " + (c.exact ? "exact" : "prescaled") + " weights, k in " + std::to_string(p.splits);
 }
 
 void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
@@ -357,21 +357,21 @@ void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plan
   for (size_t i = 0; i < std::size(kConfigs); ++i) {
     const Config& c = kConfigs[i];
     if (c.shared(device.arch) > device.shared_bytes || (!c.exact && d.batch_invariant)) continue;
-    if (parts(d.n, c.columns()) > 65535) continue;
+    if (ceil_div(d.n, c.columns()) > 65535) continue;
     if (!c.exact && (d.blocksize % 64 != 0 || d.k % 64 != 0 || device.arch < 80)) continue;
-    const int64_t tiles = parts(d.m, c.rows()) * parts(d.n, c.columns()), steps = parts(d.k, kDepth);
+    const int64_t tiles = ceil_div(d.m, c.rows()) * ceil_div(d.n, c.columns()), steps = ceil_div(d.k, kDepth);
     // A step: products, lines of shared memory, bytes from the cache.
     const double weights = c.columns() * kDepth, lines = weights / 64 * (c.exact ? 2 : 1) + c.warps * c.tiles * 8 + c.rows();
     const double step =
         kTileOverhead * std::max({weights * c.rows() / rates.mma, lines, (weights / 2 + c.rows() * kDepth * 2) / rates.l2_bytes});
     for (int splits = 1; splits <= 16 && (splits == 1 || (steps >= 4 * splits && !d.batch_invariant)); splits *= 2) {
       if (tiles * splits > INT32_MAX || (splits > 1 && tiles * splits > 2 * device.sms)) break;
-      const double rounds = static_cast<double>(parts(tiles * splits, device.sms)), sums = static_cast<double>(d.m * d.n) * 4 * splits;
+      const double rounds = static_cast<double>(ceil_div(tiles * splits, device.sms)), sums = static_cast<double>(d.m * d.n) * 4 * splits;
       const double second = splits == 1 ? 0 : kLaunchClocks + 2 * sums / (device.sms * rates.l2_bytes);
       plans.push_back({.config = static_cast<int>(i),
                        .splits = splits,
                        .workspace = splits == 1 ? 0 : static_cast<int64_t>(sums),
-                       .clocks = kLaunchClocks + rounds * (kTileClocks + step * static_cast<double>(parts(steps, splits))) + second,
+                       .clocks = kLaunchClocks + rounds * (kTileClocks + step * static_cast<double>(ceil_div(steps, splits))) + second,
                        .describe = describe_config});
     }
   }
@@ -382,18 +382,19 @@ void run_config(const Plan& p, const Gemm4bit& d, void* workspace, Stream stream
   const Epilogue4bit epilogue = epilogue_of(d);
   dev::Launch l = {.op = "gemm_4bit", .dtype = d.a.dtype, .shape = {d.m, d.n, d.k}, .stream = stream};
   const auto launch = [&]<class T, Config c> {
-    const auto steps = static_cast<int>(parts(d.k, kDepth));
-    const KSplit k_split = {p.splits, static_cast<int>(parts(steps, p.splits)), steps, static_cast<float*>(workspace)};
-    l.grid = {static_cast<uint32_t>(parts(d.m, c.rows())), static_cast<uint32_t>(parts(d.n, c.columns())), static_cast<uint32_t>(p.splits)};
+    const auto steps = static_cast<int>(ceil_div(d.k, kDepth));
+    const KSplit k_split = {p.splits, static_cast<int>(ceil_div(steps, p.splits)), steps, static_cast<float*>(workspace)};
+    l.grid = {static_cast<uint32_t>(ceil_div(d.m, c.rows())), static_cast<uint32_t>(ceil_div(d.n, c.columns())),
+              static_cast<uint32_t>(p.splits)};
     l.threads = static_cast<uint32_t>(c.threads());
     l.shared = c.shared(dev::device().arch);
     dev::launch(l, multiply<T, c>, weight_of(d), static_cast<const T*>(d.a.data), m, epilogue, k_split);
     if (p.splits == 1) return;
-    l.grid = {static_cast<uint32_t>(std::min<int64_t>(parts(d.m * d.n, 256), int64_t{16} * dev::device().sms))};
+    l.grid = {static_cast<uint32_t>(std::min<int64_t>(ceil_div(d.m * d.n, 256), int64_t{16} * dev::device().sms))};
     l.threads = 256;
     l.shared = 0;
-    constexpr Values stretch = stretched<T>();
-    const float factor = c.exact ? 1 : stretch.inverse[static_cast<int>(d.type)];
+    constexpr Values prescale = prescaled<T>();
+    const float factor = c.exact ? 1 : prescale.inverse[static_cast<int>(d.type)];
     dev::launch(l, add_splits<T>, static_cast<const float*>(workspace), p.splits, d.m, d.n, factor, epilogue);
   };
   const auto launch_type = [&]<class T>(T) { with_config<kConfigs>(p.config, [&]<Config c> { launch.template operator()<T, c>(); }); };

@@ -86,7 +86,7 @@ void offer(const ProductInt8& p, const dev::Device& device, std::vector<Plan>& p
   constexpr int kMostRows = kConfigs[std::size(kConfigs) - 1].rows();
   if (!rows_aligned(p) || p.to.m > kMostRows) return;
   // W comes from memory, rows of a from the caches.
-  const double blocks = static_cast<double>(parts(parts(p.to.n, kColumns), device.sms));
+  const double blocks = static_cast<double>(ceil_div(ceil_div(p.to.n, kColumns), device.sms));
   const double bytes = static_cast<double>(p.to.k) * (kColumns + 0.25 * static_cast<double>(p.to.m));
   plans.push_back({.config = p.to.m > kConfigs[0].rows() ? 1 : 0,
                    .clocks = kPlainLaunchClocks + blocks * bytes / kMemoryBytes,
@@ -98,7 +98,7 @@ void run_config(const Plan& plan, const ProductInt8& p, void*, Stream stream) {
     dev::launch({.op = p.op,
                  .dtype = p.to.out_type,
                  .shape = {p.to.m, p.to.n, p.to.k},
-                 .grid = {static_cast<uint32_t>(parts(p.to.n, kColumns))},
+                 .grid = {static_cast<uint32_t>(ceil_div(p.to.n, kColumns))},
                  .threads = kThreads,
                  .shared = sizeof(Shared<c.tiles>),
                  .stream = stream},

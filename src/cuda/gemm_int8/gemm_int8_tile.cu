@@ -136,23 +136,23 @@ void offer(const ProductInt8& p, const dev::Device& device, std::vector<Plan>& p
     const Config& c = kConfigs[i];
     if (c.vectors != vectors || c.shared(p.to.may_have_outliers) > device.shared_bytes) continue;
     // A step: products, twice as fast as those of 16 bits, and bytes from the cache.
-    const double tiles = static_cast<double>(parts(parts(p.to.m, c.rows()) * parts(p.to.n, c.columns()), device.sms));
+    const double tiles = static_cast<double>(ceil_div(ceil_div(p.to.m, c.rows()) * ceil_div(p.to.n, c.columns()), device.sms));
     const double products = c.rows() * c.columns() * kDepth / (2 * rates.mma), bytes = (c.rows() + c.columns()) * kDepth / rates.l2_bytes;
     const double step = std::max(kShortestStepClocks, tiles * kTileOverhead * std::max(products, bytes));
-    plans.push_back(
-        {.config = static_cast<int>(i),
-         .clocks = kLaunchClocks + static_cast<double>(parts(p.to.k, kDepth)) * step + tiles * c.rows() * c.columns() / kTileStoreElements,
-         .describe = describe_config});
+    plans.push_back({.config = static_cast<int>(i),
+                     .clocks = kLaunchClocks + static_cast<double>(ceil_div(p.to.k, kDepth)) * step +
+                               tiles * c.rows() * c.columns() / kTileStoreElements,
+                     .describe = describe_config});
   }
 }
 
 void run_config(const Plan& plan, const ProductInt8& p, void*, Stream stream) {
   with_config<kConfigs>(plan.config, [&]<Config c> {
-    const int64_t row_blocks = parts(p.to.m, c.rows());
+    const int64_t row_blocks = ceil_div(p.to.m, c.rows());
     dev::launch({.op = p.op,
                  .dtype = p.to.out_type,
                  .shape = {p.to.m, p.to.n, p.to.k},
-                 .grid = {static_cast<uint32_t>(std::min<int64_t>(row_blocks * parts(p.to.n, c.columns()), UINT32_MAX))},
+                 .grid = {static_cast<uint32_t>(std::min<int64_t>(row_blocks * ceil_div(p.to.n, c.columns()), UINT32_MAX))},
                  .threads = static_cast<uint32_t>(c.threads()),
                  .shared = c.shared(p.to.may_have_outliers),
                  .stream = stream},

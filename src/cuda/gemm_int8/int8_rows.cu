@@ -83,7 +83,7 @@ constexpr int64_t kTogetherBytes = int64_t{128} << 10;
 // Threads of a block for rows of so many units: four units each.
 constexpr int64_t kMostThreads = 1024;
 uint32_t threads_for(int64_t units) {
-  return static_cast<uint32_t>(std::clamp<int64_t>(parts(units, kUnits * dev::kWarp), 1, kMostThreads / dev::kWarp) * dev::kWarp);
+  return static_cast<uint32_t>(std::clamp<int64_t>(ceil_div(units, kUnits * dev::kWarp), 1, kMostThreads / dev::kWarp) * dev::kWarp);
 }
 
 // `outliers`: 32 columns a word, null without a limit. Blocks set bits of words that are zero before; what is an outlier itself gets code
@@ -343,13 +343,13 @@ void quantize_rows(const char* op, const QuantizeInt8& d, Stream stream) {
   visit(d.x.dtype, [&](auto t) {
     using T = decltype(t);
     l.grid = {together ? static_cast<uint32_t>(d.rows) : blocks_for(d.rows, 64)};
-    l.threads = threads_for(parts(d.columns, kPerUnit<T>));
+    l.threads = threads_for(ceil_div(d.columns, kPerUnit<T>));
     l.shared = 2 * dev::kWarp * 4 + (together ? static_cast<uint32_t>(words) * 8 : 0);
     dev::launch(l, together ? quantize_rows_kernel<T, true> : quantize_rows_kernel<T, false>, static_cast<const uint8_t*>(d.x.data), d.rows,
                 d.columns, vectors_of<T>(d.x.data, d.columns, codes), limit_of(d.threshold), codes, d.scale.data(), bits);
   });
   if (words == 0 || together) return;
-  l.grid = {blocks_for(parts(d.rows, 8), 4)};
+  l.grid = {blocks_for(ceil_div(d.rows, 8), 4)};
   l.threads = 256;
   l.shared = sizeof(Cleared);
   dev::launch(l, clear_columns, codes, d.rows, d.columns, Outliers{.words = d.outliers.data(), .word_count = words});
@@ -373,8 +373,9 @@ void quantize_columns_int8(const QuantizeColumnsInt8& d, Stream stream) {
     using T = decltype(t);
     constexpr int kWide = kPerUnit<T> * static_cast<int>(dev::kWarp);
     const bool vectors = vectors_of<T>(d.x.data, d.columns, codes);
-    const int64_t groups = parts(d.columns, kWide), wanted = std::max<int64_t>(1, 8 * dev::device().sms / groups);
-    const int64_t rows_of_part = std::max<int64_t>(4 * kColumnWarps, parts(d.rows, wanted)), blocks = groups * parts(d.rows, rows_of_part);
+    const int64_t groups = ceil_div(d.columns, kWide), wanted = std::max<int64_t>(1, 8 * dev::device().sms / groups);
+    const int64_t rows_of_part = std::max<int64_t>(4 * kColumnWarps, ceil_div(d.rows, wanted)),
+                  blocks = groups * ceil_div(d.rows, rows_of_part);
     const auto* x = static_cast<const uint8_t*>(d.x.data);
     dev::Launch l = {.op = "quantize_columns_int8",
                      .dtype = d.x.dtype,
@@ -401,7 +402,7 @@ void dequantize_int8(const DequantizeInt8& d, Stream stream) {
                  .dtype = d.out.dtype,
                  .shape = {d.rows, d.columns},
                  .grid = {blocks_for(d.rows)},
-                 .threads = threads_for(parts(d.columns, kPerUnit<T>)),
+                 .threads = threads_for(ceil_div(d.columns, kPerUnit<T>)),
                  .stream = stream},
                 dequantize_rows<T>, reinterpret_cast<const uint8_t*>(d.codes.data()), d.scale.data(), d.rows, d.columns,
                 vectors_of<T>(d.out.data, d.columns, d.codes.data()), static_cast<uint8_t*>(d.out.data));

@@ -44,11 +44,11 @@ void dequantize_sums(const DequantizeSums& d, Stream stream) {
   using namespace gemm;
   check_arguments(d);
   if (d.m == 0 || d.n == 0) return;
-  const int64_t row_blocks = parts(d.m, kSumRows);
+  const int64_t row_blocks = ceil_div(d.m, kSumRows);
   dev::launch({.op = "dequantize_sums",
                .dtype = d.to.out.dtype,
                .shape = {d.m, d.n},
-               .grid = {static_cast<uint32_t>(std::min<int64_t>(row_blocks * parts(d.n, kSumColumns), UINT32_MAX))},
+               .grid = {static_cast<uint32_t>(std::min<int64_t>(row_blocks * ceil_div(d.n, kSumColumns), UINT32_MAX))},
                .threads = kSumThreads,
                .stream = stream},
               finish_sums, d.sums.data(), epilogue_of(d.to, d.m, d.n), dev::aligned(d.sums.data(), 16) && d.n % 4 == 0, row_blocks);
@@ -62,7 +62,7 @@ void gather_columns(const GemmInt8& d, void* to, Stream stream) {
   const dev::Launch l = {.op = "gather_columns",
                          .dtype = d.x.dtype,
                          .shape = {d.m, d.k, std::ssize(d.outliers)},
-                         .grid = {static_cast<uint32_t>(std::min<int64_t>(parts(count, 256), int64_t{16} * dev::device().sms))},
+                         .grid = {static_cast<uint32_t>(std::min<int64_t>(ceil_div(count, 256), int64_t{16} * dev::device().sms))},
                          .threads = 256,
                          .stream = stream};
   const Outliers from = {.list = d.outliers.data(), .listed = std::ssize(d.outliers)};

@@ -20,7 +20,7 @@ dev::Launch launch_for(const char* op, int64_t n, Stream stream, uint32_t shared
   const int64_t most = int64_t{8} * dev::device().sms;
   return {.op = op,
           .shape = {n},
-          .grid = {static_cast<uint32_t>(std::min(parts(n, kThreads), most))},
+          .grid = {static_cast<uint32_t>(std::min(ceil_div(n, kThreads), most))},
           .threads = kThreads,
           .shared = shared,
           .stream = stream};
@@ -253,7 +253,7 @@ void gemv_4bit(const Gemv& d, Stream stream) {
   const dev::Launch l = {.op = "gemv_4bit",
                          .dtype = d.x.dtype,
                          .shape = {d.m, d.n, d.k},
-                         .grid = {static_cast<uint32_t>(parts(d.n, kWarps)), static_cast<uint32_t>(d.m)},
+                         .grid = {static_cast<uint32_t>(ceil_div(d.n, kWarps)), static_cast<uint32_t>(d.m)},
                          .threads = kThreads,
                          .stream = stream};
   visit(d.x.dtype, [&]<class T>(T) { dev::launch(l, gemv<T>, d, std::countr_zero(static_cast<uint64_t>(d.blocksize)), vectors); });

@@ -10,12 +10,13 @@ namespace bnb::cuda::optim {
 using dev::Bits;
 
 inline constexpr int kBlock = static_cast<int>(kOptimizerBlock), kPer = 4, kRows = kBlock / kPer / static_cast<int>(dev::kWarp),
-                     kHeld = kRows * kPer;  // elements of a block in a lane: number u * kPer + i is (u * 32 + lane) * kPer + i of the block
-inline constexpr int64_t kChunk = 32;       // blocks that thread blocks take at once in a step
+                     kPerLane =
+                         kRows * kPer;  // elements of a block in a lane: number u * kPer + i is (u * 32 + lane) * kPer + i of the block
+inline constexpr int64_t kChunk = 32;   // blocks that thread blocks take at once in a step
 inline constexpr int64_t kMostPieces = 128, kLeastPiece = 64;  // of sums of squares, as on the CPU (src/cpu/optim.cpp)
 
 // A tensor as the host gives it.
-struct Given {
+struct TensorArgs {
   uint8_t* p;
   const uint8_t* g;
   uint8_t *state1, *state2;  // fp32 or codes
@@ -26,20 +27,20 @@ struct Given {
   DType p_type, g_type;
   bool vectors;  // all is aligned for whole units
 
-  BNB_HD int64_t blocks() const { return parts(n, kBlock); }
+  BNB_HD int64_t blocks() const { return ceil_div(n, kBlock); }
   BNB_HD int64_t piece() const {  // blocks of a sum
-    const int64_t even = parts(blocks(), kMostPieces);
+    const int64_t even = ceil_div(blocks(), kMostPieces);
     return even > kLeastPiece ? even : kLeastPiece;
   }
-  BNB_HD int64_t pieces() const { return parts(blocks(), piece()); }
+  BNB_HD int64_t pieces() const { return ceil_div(blocks(), piece()); }
 };
 
-struct alignas(8) Entry : Given {
+struct alignas(8) TensorState : TensorArgs {
   Hyper hyper;
-  float rate;  // -lr * trust
+  float step_size;  // -lr * trust
 };
 
-struct alignas(16) Map {
+struct alignas(16) CodeMap {
   float value[256], threshold[256];
   uint8_t first[Lane8::kBuckets];
   int32_t by_bucket;
@@ -53,18 +54,18 @@ struct Sums {
 };
 
 // One launch over chunks or pieces [begin, end) of tensors whose states are all of 32 or all of 8 bits.
-struct Run {
-  Entry* entries;
+struct LaunchArgs {
+  TensorState* tensor_states;
   const int64_t* first;  // of each tensor in the row of chunks or pieces
   int64_t count, begin, end;
-  const Map* maps;
+  const CodeMap* maps;
   Sums* sums;
   uint64_t seed;
   bool stochastic;
   int copies;  // of thresholds in shared memory, as a power of two
 };
-void launch_step(Optimizer, bool coded, Run, dev::Launch);
-void launch_norms(Optimizer, bool coded, const Run&, dev::Launch);
+void launch_step(Optimizer, bool coded, LaunchArgs, dev::Launch);
+void launch_norms(Optimizer, bool coded, const LaunchArgs&, dev::Launch);
 
 // ---- on the device
 
@@ -83,7 +84,7 @@ struct Math {
 };
 
 // The tensor that has place `at` of a row: the last one that begins there or before. All lanes of a warp look together.
-BNB_DEVICE int64_t find(const int64_t* first, int64_t count, int64_t at) {
+BNB_DEVICE int64_t find_tensor(const int64_t* first, int64_t count, int64_t at) {
   int64_t low = 0, high = count;
   while (high - low > 1) {
     const int64_t stride = (high - low + dev::kWarp - 1) / dev::kWarp, i = low + dev::lane() * stride;
@@ -115,56 +116,59 @@ BNB_DEVICE void widen(const Bits<16>& raw, DType type, float* x) {
 template <class Rule, bool coded> struct States {
   static constexpr int kMaps = Rule::second_moment < 0 ? 1 : 2;
   BNB_DEVICE static constexpr int map_of(int k) { return k == Rule::second_moment ? 1 : 0; }
-  BNB_DEVICE static uint8_t* at(const Entry& e, int k) {
+  BNB_DEVICE static uint8_t* at(const TensorState& e, int k) {
     return k == Rule::second_moment ? e.state2 : e.state1 + k * e.n * (coded ? 1 : 4);
   }
-  BNB_DEVICE static float* absmax(const Entry& e, int k, int64_t block) {
+  BNB_DEVICE static float* absmax(const TensorState& e, int k, int64_t block) {
     return (k == Rule::second_moment ? e.absmax2 : e.absmax1 + k * e.blocks()) + block;
   }
 
   // Moves the states and gives u, or says that the element is passed over.
-  BNB_DEVICE static bool move(const Hyper& h, float p, float g, float (&s)[Rule::states], float& u) {
+  BNB_DEVICE static bool update(const Hyper& h, float p, float g, float (&s)[Rule::states], float& u) {
     const float raw = dev::mul(g, h.gnorm_scale), gradient = dev::fma(p, h.coupled, raw);
     if (!finite(Rule::squares ? dev::mul(gradient, gradient) : gradient) || (h.skip_zeros && raw == 0)) return false;
     u = Rule::template direction<Math>(gradient, s, h);
     return true;
   }
-  BNB_DEVICE static float stepped(const Entry& e, float p, float u) { return dev::fma(u, e.rate, dev::mul(p, e.hyper.keep)); }
+  BNB_DEVICE static float apply_update(const TensorState& e, float p, float u) {
+    return dev::fma(u, e.step_size, dev::mul(p, e.hyper.keep));
+  }
 };
 
 // One element at any address. `value`: the maps' values in shared memory, [map][code]; `scale`: the block's absmax.
-template <class Rule, bool coded> struct One {
+template <class Rule, bool coded> struct ElementStep {
   using S = States<Rule, coded>;
   float p, u = 0, s[Rule::states];
-  bool moved;
+  bool updated;
 
-  BNB_DEVICE One(const Entry& e, int64_t i, const float (*value)[256], const float (&scale)[Rule::states]) : p(value_at(e.p, e.p_type, i)) {
+  BNB_DEVICE ElementStep(const TensorState& e, int64_t i, const float (*value)[256], const float (&scale)[Rule::states])
+      : p(value_at(e.p, e.p_type, i)) {
     BNB_UNROLL
     for (int k = 0; k < Rule::states; ++k)
       if constexpr (coded)
         s[k] = dev::mul(value[S::map_of(k)][S::at(e, k)[i]], scale[k]);
       else
         s[k] = value_at<float>(S::at(e, k), i);
-    moved = S::move(e.hyper, p, value_at(e.g, e.g_type, i), s, u);
+    updated = S::update(e.hyper, p, value_at(e.g, e.g_type, i), s, u);
   }
 };
 // Calls f(element) for those of a block that are a lane's.
-template <class F> BNB_DEVICE void for_lane(const Entry& e, int64_t block, F&& f) {
+template <class F> BNB_DEVICE void for_lane(const TensorState& e, int64_t block, F&& f) {
   const int64_t end = (block + 1) * kBlock < e.n ? (block + 1) * kBlock : e.n;
   BNB_KEEP_LOOP
   for (int64_t i = block * kBlock + dev::lane(); i < end; i += dev::kWarp) f(i);
 }
 
 // A whole block with vectors: what a lane has of p, g and the states, in fp32.
-template <class Rule, bool coded> struct Held {
+template <class Rule, bool coded> struct BlockRegisters {
   using S = States<Rule, coded>;
-  float p[kHeld], g[kHeld], s[Rule::states][kHeld];
+  float p[kPerLane], g[kPerLane], s[Rule::states][kPerLane];
 
   BNB_DEVICE static int64_t element(int64_t block, int row) {
     return block * kBlock + (row * static_cast<int>(dev::kWarp) + static_cast<int>(dev::lane())) * kPer;
   }
 
-  BNB_DEVICE Held(const Entry& e, int64_t block, const float (*value)[256]) {
+  BNB_DEVICE BlockRegisters(const TensorState& e, int64_t block, const float (*value)[256]) {
     constexpr int kBytes = coded ? 4 : 16;
     Bits<16> raw_p[kRows], raw_g[kRows];
     Bits<kBytes> raw_s[Rule::states][kRows];
@@ -195,34 +199,34 @@ template <class Rule, bool coded> struct Held {
     }
   }
 
-  BNB_DEVICE bool move(const Hyper& h, int i, float& u) {
+  BNB_DEVICE bool update(const Hyper& h, int i, float& u) {
     float mine[Rule::states];
     BNB_UNROLL
     for (int k = 0; k < Rule::states; ++k) mine[k] = s[k][i];
-    const bool moved = S::move(h, p[i], g[i], mine, u);
+    const bool updated = S::update(h, p[i], g[i], mine, u);
     BNB_UNROLL
     for (int k = 0; k < Rule::states; ++k) s[k][i] = mine[k];
-    return moved;
+    return updated;
   }
 };
 
 // Calls f(entry, place, first block, last block + 1) for what this thread block has of the row. `length(entry)`: blocks of a chunk or
 // piece. Each warp has its copy of the entry, in shared memory: in registers it would leave little room for elements.
-template <class Length, class F> BNB_DEVICE void for_work(const Run& run, Entry* entries, Length&& length, F&& f) {
-  Entry& e = entries[dev::warp()];
+template <class Length, class F> BNB_DEVICE void for_work(const LaunchArgs& args, TensorState* tensor_states, Length&& length, F&& f) {
+  TensorState& e = tensor_states[dev::warp()];
   int64_t held = -1;
-  for (int64_t c = run.begin + dev::block().x; c < run.end; c += dev::grid().x) {
-    const int64_t i = find(run.first, run.count, c);
+  for (int64_t c = args.begin + dev::block().x; c < args.end; c += dev::grid().x) {
+    const int64_t i = find_tensor(args.first, args.count, c);
     if (i != held) {
       held = i;
       dev::warp_barrier();
-      const auto* from = reinterpret_cast<const uint8_t*>(run.entries + i);
+      const auto* from = reinterpret_cast<const uint8_t*>(args.tensor_states + i);
       auto* to = reinterpret_cast<uint8_t*>(&e);
-      for (unsigned at = dev::lane() * 8; at < sizeof(Entry); at += dev::kWarp * 8)
+      for (unsigned at = dev::lane() * 8; at < sizeof(TensorState); at += dev::kWarp * 8)
         dev::store_shared(to + at, dev::load<Bits<8>>(from + at));
       dev::warp_barrier();
     }
-    const int64_t size = length(e), begin = (c - run.first[i]) * size, end = begin + size, blocks = e.blocks();
+    const int64_t size = length(e), begin = (c - args.first[i]) * size, end = begin + size, blocks = e.blocks();
     f(e, c, begin, end < blocks ? end : blocks);
   }
 }

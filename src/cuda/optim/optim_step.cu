@@ -12,24 +12,24 @@ template <bool coded> inline constexpr int kThreads = coded ? 512 : 256;
 template <class Rule, bool coded> inline constexpr int kPerSm = coded ? (Rule::states > 2 ? 1 : 2) : 3;
 
 template <class Rule, bool coded> struct Shared {
-  Entry entries[kThreads<coded> / dev::kWarp];
+  TensorState tensor_states[kThreads<coded> / dev::kWarp];
 };
 // Thresholds lie in 2^copies copies, so that lanes meet in few banks; the first code of each bucket, and values, once.
 template <class Rule> struct Shared<Rule, true> {
   static constexpr int kMaps = States<Rule, true>::kMaps;
-  Entry entries[kThreads<true> / dev::kWarp];
+  TensorState tensor_states[kThreads<true> / dev::kWarp];
   float value[kMaps][256];
   uint8_t first[kMaps][Lane8::kBuckets];
   int32_t by_bucket[kMaps], not_negative[kMaps], not_positive[kMaps];
   float threshold[kMaps][256];  // if there is one copy
 
-  BNB_DEVICE const float* thresholds(const Run& run, int m) const { return &threshold[0][0] + (m * 256 << run.copies); }
+  BNB_DEVICE const float* thresholds(const LaunchArgs& args, int m) const { return &threshold[0][0] + (m * 256 << args.copies); }
 
   // The codes of states k.
-  template <int n> BNB_DEVICE Bits<4> codes(const Run& run, int k, const float* s, float inverse) const {
+  template <int n> BNB_DEVICE Bits<4> codes(const LaunchArgs& args, int k, const float* s, float inverse) const {
     const int m = States<Rule, true>::map_of(k);
-    const unsigned copy = dev::lane() & ((1u << run.copies) - 1), copies = static_cast<unsigned>(run.copies);
-    const Lane8 lane = {first[m], thresholds(run, m) + copy, copies, by_bucket[m] != 0};
+    const unsigned copy = dev::lane() & ((1u << args.copies) - 1), copies = static_cast<unsigned>(args.copies);
+    const Lane8 lane = {first[m], thresholds(args, m) + copy, copies, by_bucket[m] != 0};
     float t[n];
     BNB_UNROLL
     for (int i = 0; i < n; ++i) t[i] = dev::mul(s[i], inverse);
@@ -54,40 +54,40 @@ template <class Rule> constexpr uint32_t shared_bytes(int copies) {
   return static_cast<uint32_t>(sizeof(S) + sizeof(S::threshold) * ((size_t{1} << copies) - 1));
 }
 
-template <class Rule> BNB_DEVICE void prepare(const Run& run, Shared<Rule, true>& s) {
+template <class Rule> BNB_DEVICE void prepare(const LaunchArgs& args, Shared<Rule, true>& s) {
   for (int m = 0; m < Shared<Rule, true>::kMaps; ++m) {
-    const Map& map = run.maps[m];
+    const CodeMap& map = args.maps[m];
     for (unsigned i = dev::thread(); i < 256; i += dev::threads()) s.value[m][i] = map.value[i];
     for (unsigned i = dev::thread() * 16; i < Lane8::kBuckets; i += dev::threads() * 16)
       dev::store_shared(s.first[m] + i, dev::load<Bits<16>>(map.first + i));
-    auto* threshold = const_cast<float*>(s.thresholds(run, m));
-    for (unsigned i = dev::thread(); i < 256u << run.copies; i += dev::threads()) threshold[i] = map.threshold[i >> run.copies];
+    auto* threshold = const_cast<float*>(s.thresholds(args, m));
+    for (unsigned i = dev::thread(); i < 256u << args.copies; i += dev::threads()) threshold[i] = map.threshold[i >> args.copies];
     if (dev::thread() == 0) s.by_bucket[m] = map.by_bucket, s.not_negative[m] = map.not_negative, s.not_positive[m] = map.not_positive;
   }
   dev::barrier();
 }
 
 // A parameter at any address. `place`: its own in the whole parameter.
-template <class T> BNB_DEVICE T round_one(float p, const Run& run, int64_t place, int64_t step) {
-  if (!run.stochastic) return rounded<T>(p);
-  const Random4 random = random_of(run.seed, place / 4, step);
+template <class T> BNB_DEVICE T round_one(float p, const LaunchArgs& args, int64_t place, int64_t step) {
+  if (!args.stochastic) return rounded<T>(p);
+  const Random4 random = random_of(args.seed, place / 4, step);
   const uint32_t low = place & 1 ? random.word[1] : random.word[0], high = place & 1 ? random.word[3] : random.word[2];
   return stochastically_rounded<T>(p, place & 2 ? high : low);
 }
-BNB_DEVICE void store_one(const Entry& e, const Run& run, int64_t i, float p) {
+BNB_DEVICE void store_one(const TensorState& e, const LaunchArgs& args, int64_t i, float p) {
   if (e.p_type == DType::f32) return store_bytes(e.p, i * 4, (i + 1) * 4, Bits<4>{{dev::float_bits(p)}});
-  const uint16_t y =
-      e.p_type == DType::f16 ? round_one<Half>(p, run, e.offset + i, e.step).bits : round_one<BFloat16>(p, run, e.offset + i, e.step).bits;
+  const uint16_t y = e.p_type == DType::f16 ? round_one<Half>(p, args, e.offset + i, e.step).bits
+                                            : round_one<BFloat16>(p, args, e.offset + i, e.step).bits;
   store_bytes(e.p, i * 2, (i + 1) * 2, Bits<2>{{y}});
 }
 
 // Four parameters, likewise.
-template <class T> BNB_DEVICE Bits<8> round_four(const float* p, const Run& run, int64_t place, int64_t step) {
-  if (!run.stochastic) return {{dev::pack<T>(p[0], p[1]), dev::pack<T>(p[2], p[3])}};
+template <class T> BNB_DEVICE Bits<8> round_four(const float* p, const LaunchArgs& args, int64_t place, int64_t step) {
+  if (!args.stochastic) return {{dev::pack<T>(p[0], p[1]), dev::pack<T>(p[2], p[3])}};
   uint32_t random[8] = {};
   BNB_UNROLL
   for (int half = 0; half < (place % 4 ? 2 : 1); ++half) {
-    const Random4 four = random_of(run.seed, place / 4 + half, step);
+    const Random4 four = random_of(args.seed, place / 4 + half, step);
     BNB_UNROLL
     for (int i = 0; i < 4; ++i) random[half * 4 + i] = four.word[i];
   }
@@ -101,12 +101,12 @@ template <class T> BNB_DEVICE Bits<8> round_four(const float* p, const Run& run,
   for (int i = 0; i < 4; ++i) y.word[i / 2] |= uint32_t{stochastically_rounded<T>(p[i], random[i]).bits} << i % 2 * 16;
   return y;
 }
-BNB_DEVICE void store_four(const Entry& e, const Run& run, int64_t at, const float* p) {
+BNB_DEVICE void store_four(const TensorState& e, const LaunchArgs& args, int64_t at, const float* p) {
   if (e.p_type == DType::f32)
     dev::store(e.p + at * 4, Bits<16>{{dev::float_bits(p[0]), dev::float_bits(p[1]), dev::float_bits(p[2]), dev::float_bits(p[3])}});
   else
-    dev::store(e.p + at * 2, e.p_type == DType::f16 ? round_four<Half>(p, run, e.offset + at, e.step)
-                                                    : round_four<BFloat16>(p, run, e.offset + at, e.step));
+    dev::store(e.p + at * 2, e.p_type == DType::f16 ? round_four<Half>(p, args, e.offset + at, e.step)
+                                                    : round_four<BFloat16>(p, args, e.offset + at, e.step));
 }
 
 // absmax of a block from the largest magnitude of each lane, as bits.
@@ -124,22 +124,23 @@ BNB_DEVICE void take_greater(uint32_t& largest, float x) {
   largest = magnitude > largest ? magnitude : largest;
 }
 
-template <class Rule, bool coded> BNB_DEVICE void step_block(const Entry& e, const Run& run, const Shared<Rule, coded>& s, int64_t block) {
+template <class Rule, bool coded>
+BNB_DEVICE void step_block(const TensorState& e, const LaunchArgs& args, const Shared<Rule, coded>& s, int64_t block) {
   using S = States<Rule, coded>;
-  using Block = Held<Rule, coded>;
+  using Block = BlockRegisters<Rule, coded>;
   Block x(e, block, values(s));
   BNB_UNROLL
-  for (int i = 0; i < kHeld; ++i)
-    if (float u = 0; x.move(e.hyper, i, u)) x.p[i] = S::stepped(e, x.p[i], u);
+  for (int i = 0; i < kPerLane; ++i)
+    if (float u = 0; x.update(e.hyper, i, u)) x.p[i] = S::apply_update(e, x.p[i], u);
   BNB_UNROLL
-  for (int r = 0; r < kRows; ++r) store_four(e, run, Block::element(block, r), x.p + r * kPer);
+  for (int r = 0; r < kRows; ++r) store_four(e, args, Block::element(block, r), x.p + r * kPer);
   BNB_UNROLL
   for (int k = 0; k < Rule::states; ++k) {
     float scale = 0;
     if constexpr (coded) {
       uint32_t largest = 0;
       BNB_UNROLL
-      for (int i = 0; i < kHeld; ++i) take_greater(largest, x.s[k][i]);
+      for (int i = 0; i < kPerLane; ++i) take_greater(largest, x.s[k][i]);
       const float absmax = absmax_of(largest);
       if (dev::lane() == 0) *S::absmax(e, k, block) = absmax;
       scale = inverse(absmax);
@@ -148,7 +149,7 @@ template <class Rule, bool coded> BNB_DEVICE void step_block(const Entry& e, con
     for (int r = 0; r < kRows; ++r) {
       const float* mine = x.s[k] + r * kPer;
       if constexpr (coded)
-        dev::store(S::at(e, k) + Block::element(block, r), s.template codes<kPer>(run, k, mine, scale));
+        dev::store(S::at(e, k) + Block::element(block, r), s.template codes<kPer>(args, k, mine, scale));
       else
         dev::store(S::at(e, k) + Block::element(block, r) * 4,
                    Bits<16>{{dev::float_bits(mine[0]), dev::float_bits(mine[1]), dev::float_bits(mine[2]), dev::float_bits(mine[3])}});
@@ -157,9 +158,10 @@ template <class Rule, bool coded> BNB_DEVICE void step_block(const Entry& e, con
 }
 
 // A block that is not whole, or not aligned. With codes twice, as an absmax comes before all of its codes.
-template <class Rule, bool coded> BNB_DEVICE void step_rest(const Entry& e, const Run& run, const Shared<Rule, coded>& s, int64_t block) {
+template <class Rule, bool coded>
+BNB_DEVICE void step_rest(const TensorState& e, const LaunchArgs& args, const Shared<Rule, coded>& s, int64_t block) {
   using S = States<Rule, coded>;
-  using Element = One<Rule, coded>;
+  using Element = ElementStep<Rule, coded>;
   float scale[Rule::states] = {}, factor[Rule::states] = {};
   if constexpr (coded) {
     uint32_t largest[Rule::states] = {};
@@ -179,51 +181,51 @@ template <class Rule, bool coded> BNB_DEVICE void step_rest(const Entry& e, cons
   }
   for_lane(e, block, [&](int64_t i) {
     const Element x(e, i, values(s), scale);
-    if (x.moved) store_one(e, run, i, S::stepped(e, x.p, x.u));
+    if (x.updated) store_one(e, args, i, S::apply_update(e, x.p, x.u));
     BNB_UNROLL
     for (int k = 0; k < Rule::states; ++k)
       if constexpr (coded)
-        S::at(e, k)[i] = static_cast<uint8_t>(s.template codes<1>(run, k, &x.s[k], factor[k]).word[0]);
+        S::at(e, k)[i] = static_cast<uint8_t>(s.template codes<1>(args, k, &x.s[k], factor[k]).word[0]);
       else
         store_bytes(S::at(e, k), i * 4, (i + 1) * 4, Bits<4>{{dev::float_bits(x.s[k])}});
   });
 }
 
-template <class Rule, bool coded> BNB_KERNEL((kThreads<coded>), (kPerSm<Rule, coded>)) step(const Run run) {
+template <class Rule, bool coded> BNB_KERNEL((kThreads<coded>), (kPerSm<Rule, coded>)) step(const LaunchArgs args) {
   auto& s = dev::shared<Shared<Rule, coded>>();
-  if constexpr (coded) prepare<Rule>(run, s);
+  if constexpr (coded) prepare<Rule>(args, s);
   for_work(
-      run, s.entries, [](const Entry&) { return kChunk; },
-      [&](const Entry& e, int64_t, int64_t begin, int64_t end) {
+      args, s.tensor_states, [](const TensorState&) { return kChunk; },
+      [&](const TensorState& e, int64_t, int64_t begin, int64_t end) {
         BNB_KEEP_LOOP
         for (int64_t b = begin + dev::warp(); b < end; b += kThreads<coded> / dev::kWarp) {
           if (e.vectors && (b + 1) * kBlock <= e.n)
-            step_block<Rule, coded>(e, run, s, b);
+            step_block<Rule, coded>(e, args, s, b);
           else
-            step_rest<Rule, coded>(e, run, s, b);
+            step_rest<Rule, coded>(e, args, s, b);
         }
       });
 }
 
-template <class Rule, bool coded> void launch(Run run, dev::Launch l) {
+template <class Rule, bool coded> void launch(LaunchArgs args, dev::Launch l) {
   constexpr int kCopies = 5;
   const auto& device = dev::device();
   l.shared = sizeof(Shared<Rule, coded>);
   if constexpr (coded) {
-    run.copies = kCopies;  // or as many as let two blocks share a multiprocessor
-    while (run.copies > 0 && 2 * (shared_bytes<Rule>(run.copies) + 1024) > device.shared_per_sm) --run.copies;
-    l.shared = shared_bytes<Rule>(run.copies);
+    args.copies = kCopies;  // or as many as let two blocks share a multiprocessor
+    while (args.copies > 0 && 2 * (shared_bytes<Rule>(args.copies) + 1024) > device.shared_per_sm) --args.copies;
+    l.shared = shared_bytes<Rule>(args.copies);
   }
-  const int64_t most = int64_t{kPerSm<Rule, coded>} * device.sms, chunks = run.end - run.begin;
+  const int64_t most = int64_t{kPerSm<Rule, coded>} * device.sms, chunks = args.end - args.begin;
   l.grid = {static_cast<uint32_t>(chunks < most ? chunks : most)};
   l.threads = kThreads<coded>;
-  dev::launch(l, step<Rule, coded>, run);
+  dev::launch(l, step<Rule, coded>, args);
 }
 
 }  // namespace
 
-void launch_step(Optimizer rule, bool coded, Run run, dev::Launch l) {
-  visit(rule, [&]<class Rule>(Rule) { coded ? launch<Rule, true>(run, l) : launch<Rule, false>(run, l); });
+void launch_step(Optimizer rule, bool coded, LaunchArgs args, dev::Launch l) {
+  visit(rule, [&]<class Rule>(Rule) { coded ? launch<Rule, true>(args, l) : launch<Rule, false>(args, l); });
 }
 
 }  // namespace bnb::cuda::optim
