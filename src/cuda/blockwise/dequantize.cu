@@ -1,7 +1,7 @@
 // y = value[code] * absmax of the block in fp32, rounded once to T; docs/NUMERICS.md has the rules.
 //
-// Reads 1/2 (4 bits) or 1 byte an element and 4 bytes a block, writes sizeof(T) bytes an element, each once. Lower bound: those bytes at
-// the bandwidth of a copy; nf4 in blocks of 64 to bf16 moves 2.5625 bytes an element. Stores are whole rows of 512 bytes a warp.
+// Reads 1/2 (4 bits) or 1 byte per element and 4 bytes per block, writes sizeof(T) bytes per element, each once. Lower bound: those bytes
+// at copy bandwidth; nf4 in blocks of 64 to bf16 moves 2.5625 bytes per element. Stores are whole rows of 512 bytes per warp.
 #include <array>
 #include <bit>
 
@@ -15,7 +15,7 @@ namespace {
 
 using dev::Bits;
 
-// Lane i keeps value i % 16; a shuffle is the table, whose index may have anything above its lower 4 bits.
+// Lane i keeps value i % 16, and a shuffle is the lookup; only the low 4 bits of its index count.
 template <class Format> BNB_TABLE std::array<float, 16> kValues = Format::values;
 
 template <class Format> struct Decode4 {
@@ -33,7 +33,7 @@ template <class Format> struct Decode4 {
   BNB_DEVICE Lane prepare(Tables&) const { return {kValues<Format>.data()[dev::lane() % 16]}; }
 };
 
-// Each lane has a copy of the map in its own bank of shared memory.
+// The map is replicated per lane, each copy in its own bank of shared memory.
 struct Decode8 {
   static constexpr Shape kShape = {.threads = 512, .per_sm = 3, .rounds = 1};
   static constexpr int kPerByte = 1;

@@ -1,8 +1,8 @@
 // The codes of 8 bits: any ascending map of 256 values.
 //
-// The code of t is the number of thresholds below t (Encoder8). Lanes have copies of the thresholds in banks of their own. The sign,
-// 5 bits of exponent and 6 of mantissa (exponents below 2^-30 count as that) are a bucket of a table, which tells the first code of the
-// bucket; where no bucket holds more than one threshold, one comparison ends it. Otherwise, or without that table, a binary search.
+// The code of t is the number of thresholds below t (Encoder8). Thresholds are replicated per lane, each copy in its own bank. The sign, 5
+// bits of exponent and 6 of mantissa (exponents below 2^-30 are clamped to it) select a bucket, whose first code a table holds; if no
+// bucket has more than one threshold, one comparison decides. Otherwise, or without that table, a binary search.
 #pragma once
 
 #include "cuda/device/span.cuh"
@@ -12,7 +12,7 @@ namespace bnb::cuda {
 struct Lane8 {
   static constexpr uint32_t kBuckets = 4096, kLowest = 97 << 6, kHalf = kBuckets / 2;
   const uint8_t* first;
-  const float* threshold;  // this lane's: that above code c is threshold[c << copies]
+  const float* threshold;  // this lane's copy: the threshold above code c is threshold[c << copies]
   unsigned copies;         // as a power of two
   bool by_bucket;
 
@@ -47,7 +47,7 @@ struct Lane8 {
   }
 };
 
-// What a block makes of a map in its shared memory.
+// A map's tables in shared memory.
 struct Tables8 {
   float threshold[256][dev::kWarp];
   float plain[256];
@@ -62,8 +62,8 @@ BNB_DEVICE float before(float x) {
   return dev::bits_float((bits & 0x7fffffff) == 0 ? 0x80000001 : bits >> 31 ? bits + 1 : bits - 1);
 }
 
-// Threshold i: the fp32 midpoint of values i and i + 1, or the float before it for odd i; never below the one before. By 256 threads or
-// more.
+// Threshold i: the fp32 midpoint of values i and i + 1, or the float before it for odd i; never below threshold i - 1. Needs at least 256
+// threads.
 BNB_DEVICE void set_thresholds(Tables8& s, const float* code) {
   const unsigned i = dev::thread();
   const float infinity = dev::bits_float(0x7f800000);
@@ -90,7 +90,7 @@ BNB_DEVICE void set_thresholds(Tables8& s, const float* code) {
   dev::barrier();
 }
 
-// Whether every bucket holds one threshold at most.
+// Whether no bucket holds more than one threshold.
 BNB_DEVICE bool set_buckets(Tables8& s, const Lane8& lane) {
   bool many = false;
   for (uint32_t key = dev::thread(); key < Lane8::kBuckets; key += dev::threads()) {
@@ -98,7 +98,7 @@ BNB_DEVICE bool set_buckets(Tables8& s, const Lane8& lane) {
     const float least = dev::bits_float(sign | (half ? (half + Lane8::kLowest) << 17 : 0)),
                 most = dev::bits_float(sign | (((half + 1 + Lane8::kLowest) << 17) - 1));
     const uint32_t begin = lane.search(sign ? most : least), end = lane.search(sign ? least : most);
-    const bool nan = half == Lane8::kHalf - 1;  // no finite t is as large
+    const bool nan = half == Lane8::kHalf - 1;  // infinity and NaN
     s.first[key] = static_cast<uint8_t>(nan ? 255 : begin);
     many |= !nan && end > begin + 1;
   }

@@ -1,8 +1,8 @@
 // Quantization of blocks: absmax = max |x|, t = x * (1 / max(absmax, 1e-38)), the code of t; docs/NUMERICS.md has the rules.
 //
-// Reads sizeof(T) bytes and writes 1/2 (4 bits) or 1 byte an element, and 4 bytes a block, each once. Lower bound: those bytes at the
-// bandwidth of a copy; bf16 to nf4 with blocks of 64 moves 2.5625 bytes an element. Everything of a span stays in registers between the
-// maximum and the codes. 4 loads of 16 bytes a thread are in flight.
+// Reads sizeof(T) bytes and writes 1/2 (4 bits) or 1 byte per element, and 4 bytes per block, each once. Lower bound: those bytes at copy
+// bandwidth; bf16 to nf4 with blocks of 64 moves 2.5625 bytes per element. A span stays in registers between the maximum and the codes. 4
+// loads of 16 bytes per thread are in flight.
 #include <bit>
 
 #include "common/arguments.h"
@@ -14,10 +14,10 @@ namespace {
 
 using dev::Bits;
 
-// ---- 4 bits: 32 buckets of t, one a lane
+// ---- 4 bits: 32 buckets of t, one per lane
 //
-// ceil(t * 15.5) tells the bucket of t, (k / 15.5, (k + 1) / 15.5], which holds one threshold at most. A shuffle is the table: lane
-// `bucket` keeps that threshold and how many are below the bucket. Rounding up puts 0, a threshold of FP4, between two buckets.
+// ceil(t * 15.5) is the bucket of t, (k / 15.5, (k + 1) / 15.5], which holds at most one threshold. A shuffle is the lookup: lane `bucket`
+// keeps that threshold and how many are below the bucket. Rounding up puts 0, a threshold of FP4, between two buckets.
 struct Buckets {
   float threshold[32];
   uint32_t below[32];
@@ -83,11 +83,11 @@ template <class Format> struct Encode4 {
   BNB_DEVICE Lane prepare(Tables&) const { return {kBuckets<Format>.threshold[dev::lane()], kBuckets<Format>.below[dev::lane()]}; }
 };
 
-// ---- 8 bits: any ascending map of 256 values (encode8.cuh); large inputs have buckets made, by each block of the grid its own
+// ---- 8 bits: any ascending map of 256 values (encode8.cuh); for large inputs each thread block builds the table of buckets
 struct Encode8 {
   static constexpr Shape kShape = {.threads = 512, .per_sm = 2, .rounds = 1};
   static constexpr int kPerByte = 1;
-  static constexpr int64_t kWorthBuckets = 8192;  // elements a multiprocessor
+  static constexpr int64_t kWorthBuckets = 8192;  // elements per multiprocessor
   using Tables = Tables8;
   using Lane = Lane8;
   const float* code;
@@ -98,7 +98,7 @@ struct Encode8 {
 
 // ---- the kernel
 
-// absmax of the block of each unit, as bits of fp32. `group` lanes and `rows` units make a block, or the part of it in this warp.
+// absmax of the block of each unit, as fp32 bits. A block, or this warp's part of it, is `group` lanes by `rows` units.
 template <class T> BNB_DEVICE void largest_of_blocks(const Bits<16> (&raw)[kUnits], unsigned group, int rows, uint32_t (&largest)[kUnits]) {
   constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffff : 0x7fff7fff;
   constexpr int kPerWord = 4 / sizeof(T), kWords = kUnits / kPerWord;  // two units of 16 bits share a word from here on
@@ -206,7 +206,7 @@ quantize(const uint8_t* x, int64_t n, int log2_blocksize, bool vectors, uint8_t*
       for (int u = 1; u < kUnits; ++u) largest[u] = largest[0];
     }
 
-    // Lane j of a group writes the absmax of its j-th block: all of a span in one go.
+    // Lane j of a group writes the absmax of its j-th block: one store for the whole span.
     const unsigned first_unit = dev::lane() % group * static_cast<unsigned>(rows);
     uint32_t mine = 0;
     BNB_UNROLL

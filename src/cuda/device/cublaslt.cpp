@@ -1,4 +1,4 @@
-// cuBLASLt by the few functions that are needed, of version 12 or 13, whose interface is the same. The library caches its heuristics.
+// The few functions of cuBLASLt that are needed, of version 12 or 13, whose interface is the same. The library caches its heuristics.
 #include "cuda/device/cublaslt.h"
 
 #include <bnb/error.h>
@@ -66,11 +66,11 @@ struct Api {
                 Handle, void* d, Handle, const Algorithm*, void* workspace, size_t, void* stream);
 };
 
-// Null if the library is not there or lacks one of the functions. It stays open.
+// Null if the library is absent or lacks a function. It stays open.
 const Api* api() {
   static const Api* const opened = []() -> const Api* {
     void* file = nullptr;
-    for (const int mode : {RTLD_LAZY | RTLD_NOLOAD, RTLD_LAZY})  // the one of the process first
+    for (const int mode : {RTLD_LAZY | RTLD_NOLOAD, RTLD_LAZY})  // prefer the one already loaded
       for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
         if (!file) file = dlopen(name, mode);
     if (!file) return nullptr;
@@ -96,7 +96,7 @@ const Api* api() {
   return opened;
 }
 
-// The library's handle for a device, which is the current one; null if there is none.
+// The handle for the current device `index`; null without the library.
 Handle handle(int index) {
   constexpr int kMax = 64;
   static std::array<Handle, kMax> handles;
@@ -133,7 +133,7 @@ bool available(int device) { return handle(device) != nullptr; }
 
 namespace {
 
-// Of an address, up to what the library takes any address to have that is told nothing else.
+// An address's alignment, up to 256, which the library assumes by default.
 uint32_t alignment_of(const void* p) {
   const auto at = reinterpret_cast<uintptr_t>(p);
   return static_cast<uint32_t>(std::min<uintptr_t>(256, at & -at));
@@ -141,7 +141,7 @@ uint32_t alignment_of(const void* p) {
 
 }  // namespace
 
-// The library counts columns first: it makes y^T (n x m) = w^T^T * a^T.
+// The library is column-major: it computes y^T (n x m) = (w^T)^T * a^T.
 void multiply(const Product& p, int device, Stream stream) {
   const Api& lib = *api();
   const int type = p.type == DType::f32 ? kFloat : p.type == DType::f16 ? kHalf : kBFloat16;
@@ -164,7 +164,7 @@ void multiply(const Product& p, int device, Stream stream) {
   };
   const auto bytes = static_cast<uint64_t>(kWorkspace);
   prefer(kPreferWorkspace, bytes);
-  prefer(kPreferReduction, uint32_t{kReduceInComputeType});  // parts of k are added up in fp32, never in the type of y
+  prefer(kPreferReduction, uint32_t{kReduceInComputeType});  // split-k sums are added in fp32, never in the type of y
   prefer(kPreferAlignA, alignment_of(p.w));
   prefer(kPreferAlignB, alignment_of(p.a));
   prefer(kPreferAlignC, alignment_of(p.y));

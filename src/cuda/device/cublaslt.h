@@ -1,4 +1,4 @@
-// A dense product by the library of the vendor, opened at run time if it is there and never linked. Tests on the host bring their own.
+// A dense product by cuBLASLt, opened at run time if present and never linked. Tests on the host bring a library of their own.
 #pragma once
 
 #include <bnb/cuda.h>
@@ -17,7 +17,7 @@ struct Product {
   void* workspace = nullptr;                               // kWorkspace bytes
 };
 
-// Opens the library once, and prepares it once for each device. `device` is the number of the current one.
+// Opens the library once, and creates a handle once per device. `device`: index of the current one.
 bool available(int device);
 void multiply(const Product&, int device, Stream);
 

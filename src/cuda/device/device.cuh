@@ -1,8 +1,8 @@
-// What a kernel may use of its machine: index, barrier, shuffle, shared memory, atomics, launch. Instructions are in ptx.cuh. Nothing else
-// in src/cuda names CUDA, so the same files run on the host (tests/cuda_on_host supplies these names) and can be built as HIP.
+// What a kernel may use of the hardware: indices, barrier, shuffle, shared memory, atomics, launch. Instructions are in ptx.cuh. Nothing
+// else in src/cuda names CUDA, so the same files run on the host (tests/cuda_on_host supplies these names) and can be built as HIP.
 //
 // Rules that the host build checks: every thread of a block reaches the same barriers, all 32 lanes of a warp the same collectives; shared
-// memory is dynamic and has no content at first; a block never waits for another.
+// memory is dynamic and uninitialized; a block never waits for another.
 #pragma once
 
 #include "cuda/device/device.h"
@@ -14,15 +14,15 @@
 #else
 #define BNB_ARCH 0
 #endif
-// The most threads that a multiprocessor holds.
+// Most threads per multiprocessor.
 #define BNB_SM_THREADS (BNB_ARCH == 75 ? 1024 : BNB_ARCH == 86 || BNB_ARCH == 89 || BNB_ARCH >= 120 ? 1536 : 2048)
 
-// BNB_KERNEL(threads of a block, blocks that a multiprocessor shall hold) name(arguments) { ... }
+// BNB_KERNEL(threads per block, wanted blocks per multiprocessor) name(arguments) { ... }
 #define BNB_KERNEL(threads, blocks) \
   __global__ void __launch_bounds__(threads, (threads) * (blocks) <= BNB_SM_THREADS ? (blocks) : BNB_SM_THREADS / (threads))
 #define BNB_DEVICE __device__ __forceinline__
 #define BNB_HD __host__ __device__ __forceinline__
-#define BNB_TABLE __device__ constexpr  // in the memory of the device, for run-time indices
+#define BNB_TABLE __device__ constexpr  // in device memory, for run-time indices
 #define BNB_UNROLL _Pragma("unroll")
 #define BNB_KEEP_LOOP _Pragma("unroll 1")
 
@@ -45,13 +45,13 @@ template <class T> BNB_DEVICE T shuffle_xor(T v, unsigned mask) { return __shfl_
 BNB_DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
 BNB_DEVICE bool any(bool x) { return __any_sync(~0u, x); }
 
-// The block's dynamic shared memory, from its begin, 128-byte aligned.
+// The block's dynamic shared memory, 128-byte aligned.
 template <class T> BNB_DEVICE T& shared() {
   extern __shared__ __align__(128) unsigned char bnb_shared[];
   return *reinterpret_cast<T*>(bnb_shared);
 }
 
-// Return the value before.
+// Return the old value.
 template <class T> BNB_DEVICE T atomic_add(T* at, T v) { return atomicAdd(at, v); }
 template <class T> BNB_DEVICE T atomic_max(T* at, T v) { return atomicMax(at, v); }
 template <class T> BNB_DEVICE T atomic_or(T* at, T v) { return atomicOr(at, v); }

@@ -1,4 +1,4 @@
-// What the host's side of every kernel knows of its machine: the device, and a launch. Plain C++; names no CUDA.
+// The host's side of the device layer: device properties, launches, memory. Plain C++; names no CUDA.
 #pragma once
 
 #include <bnb/cuda.h>
@@ -9,43 +9,43 @@
 namespace bnb::cuda::dev {
 
 inline constexpr unsigned kWarp = 32;
-inline constexpr uint32_t kDefaultShared = 48 << 10;  // more must be asked for before a launch
+inline constexpr uint32_t kDefaultShared = 48 << 10;  // a kernel must opt in to more
 
 struct Dim {
   uint32_t x = 1, y = 1, z = 1;
 };
 
-// The current device; asked for once a device. Throws Error{unsupported} if there is none.
+// The current device; queried once per device. Throws Error{unsupported} if there is none.
 struct Device {
   int index = 0;
   int arch = 0;                // 10 * major + minor
   int sms = 0;                 // multiprocessors
   int64_t l2_bytes = 0;        // second-level cache
-  uint32_t shared_bytes = 0;   // the most that one block may have
-  uint32_t shared_per_sm = 0;  // of all blocks on a multiprocessor
+  uint32_t shared_bytes = 0;   // limit per block
+  uint32_t shared_per_sm = 0;  // limit per multiprocessor
 };
 const Device& device();
 
-// One launch: what runs, and what an error message tells of it.
+// One launch, and what an error message says about it.
 struct Launch {
   const char* op = "";       // the public operation
   DType dtype = DType::f32;  // of its input or output
-  int64_t shape[3] = {};     // its sizes; zeros behind the first are left out of messages
+  int64_t shape[3] = {};     // its sizes; messages omit zeros after the first
   Dim grid = {};             // blocks
-  uint32_t threads = 1;      // of a block
+  uint32_t threads = 1;      // per block
   uint32_t shared = 0;       // bytes of dynamic shared memory
   Stream stream = nullptr;
 };
 
 std::string describe(const Launch&);  // "quantize_4bit: bf16 4096"
-// Throws Error with that description and the limit that the launch breaks.
+// Throws Error with that description and the limit that the launch exceeds.
 void check_launch(const Launch&, const Device&);
 
-// Launches a kernel of CUDA; device.cuh's launch() has its types.
+// Launches a CUDA kernel; device.cuh's launch() is the typed form.
 void launch_kernel(const void* kernel, const Launch&, void** arguments);
 
-// While one lives, this thread may take memory and give it back although a stream is being captured, by it or by another thread. CUDA would
-// refuse it otherwise and end the capture.
+// While one lives, this thread may allocate and free memory even though a stream is being captured, by this or another thread. CUDA would
+// otherwise refuse and invalidate the capture.
 class MemoryDuringCapture {
  public:
   MemoryDuringCapture();
@@ -57,10 +57,10 @@ class MemoryDuringCapture {
   int before_ = 0;
 };
 
-// Sets memory to zero on the stream. `what` is the operation for which it is done.
+// Sets memory to zero, in stream order. `what`: the operation, for messages.
 void zero_async(const char* what, void* to, int64_t bytes, Stream stream);
 
-// Device memory of one call: had and given back in the order of the stream, so that nothing waits. None for 0 bytes.
+// Device memory of one call, allocated and freed in stream order, so that nothing waits. Null for 0 bytes.
 class StreamMemory {
  public:
   StreamMemory(const char* what, int64_t bytes, Stream stream);
@@ -75,7 +75,7 @@ class StreamMemory {
   Stream stream_;
 };
 
-// Makes a device the current one of this thread while it lives.
+// Makes a device current for this thread while it lives.
 class DeviceScope {
  public:
   explicit DeviceScope(int index);

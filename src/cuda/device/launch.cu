@@ -1,4 +1,4 @@
-// Limits of a launch, checked before the driver sees it, with a message that says which call it was.
+// Launch limits, checked before the driver sees the launch, so that the message can name the call.
 #include <bnb/error.h>
 
 #include "cuda/device/device.h"

@@ -1,4 +1,4 @@
-// One instruction a wrapper, with plain code where the architecture lacks it. tests/cuda_on_host/ptx.h has the same names for the host,
+// One instruction per wrapper, with plain code where the architecture lacks it. tests/cuda_on_host/ptx.h has the same names for the host,
 // where each does what the PTX manual says and reports what it forbids.
 #pragma once
 
@@ -44,8 +44,8 @@ namespace bnb::cuda::dev {
       asm("ld.global" qualifiers ".u16 %0, [%1];" : "=h"(v.word[0]) : "l"(at));                           \
     return v;                                                                                             \
   }
-// Of memory that nobody writes while the kernel runs. The compiler may move these to the kernel's begin, so a kernel that is launched
-// before the one in front of it has ended (programmatic dependent launch) must not use them on what that one writes.
+// For memory that nothing writes while the kernel runs. The compiler may hoist these to the start of the kernel, so a kernel that overlaps
+// the previous one (programmatic dependent launch) must not use them on what that one writes.
 BNB_LOAD(load_const, ".nc")
 BNB_LOAD(load_once, ".nc.L1::no_allocate")  // read by one thread only
 #undef BNB_LOAD
@@ -62,7 +62,7 @@ template <class V> BNB_DEVICE void store(void* to, const V& v) {
   if constexpr (sizeof(V) == 4) *static_cast<uint32_t*>(to) = __builtin_bit_cast(uint32_t, v);
   if constexpr (sizeof(V) == 2) *static_cast<uint16_t*>(to) = __builtin_bit_cast(uint16_t, v);
 }
-// Written and not read again soon: leaves the caches first.
+// Not read again soon: evicted first.
 template <class V> BNB_DEVICE void store_once(void* to, const V& v) {
   if constexpr (sizeof(V) == 16) __stcs(static_cast<uint4*>(to), __builtin_bit_cast(uint4, v));
   if constexpr (sizeof(V) == 8) __stcs(static_cast<uint2*>(to), __builtin_bit_cast(uint2, v));
@@ -74,8 +74,8 @@ template <class V> BNB_DEVICE void store_once(void* to, const V& v) {
 template <class V> BNB_DEVICE V load_shared(const void* from) { return load<V>(from); }
 template <class V> BNB_DEVICE void store_shared(void* to, const V& v) { store(to, v); }
 
-// `bytes` (4, 8, 16) from global to shared memory, zeros behind the first `valid` of them. Both addresses aligned to `bytes`. It has landed
-// for this thread after copy_wait, for others after a barrier that follows.
+// `bytes` (4, 8, 16) from global to shared memory, zeros past the first `valid` of them. Both addresses aligned to `bytes`. Visible to this
+// thread after copy_wait, to others after a barrier that follows it.
 template <int bytes> BNB_DEVICE void copy_async(void* to, const void* from, unsigned valid = bytes) {
   if constexpr (kHasCopyAsync) {
     const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -93,7 +93,7 @@ template <int bytes> BNB_DEVICE void copy_async(void* to, const void* from, unsi
     store(to, v);
   }
 }
-// Closes a group of this thread's copies; copy_wait<n> returns when all groups but the last n have landed.
+// Commits a group of this thread's copies; copy_wait<n> waits for all groups except the last n.
 BNB_DEVICE void copy_commit() {
   if constexpr (kHasCopyAsync) asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -102,7 +102,7 @@ template <int n> BNB_DEVICE void copy_wait() {
 }
 
 // Four 8x8 matrices of 16-bit elements from shared memory: lane i gives the address of row i % 8 of matrix i / 8 (16-byte aligned) and gets
-// elements (i / 4, i % 4 * 2) and the one right of it of each.
+// elements (i / 4, i % 4 * 2) and (i / 4, i % 4 * 2 + 1) of each.
 BNB_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   const auto at = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -132,7 +132,7 @@ template <class T> BNB_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], co
                    : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 }
 
-// The same with bytes: 16x32 times 32x8, four of a row of `a` or a column of `b` in a word, exact in 32 bits.
+// The same for int8: 16x32 times 32x8, four elements of a row of `a` or a column of `b` per word, exact in 32 bits.
 BNB_DEVICE void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if BNB_ARCH >= 80
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -163,12 +163,12 @@ BNB_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
 // Four bytes out of the eight of (low, high), chosen by the nibbles of `which`.
 BNB_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t which) { return __byte_perm(low, high, which); }
-// count + !(x <= y): one more where x is above y or NaN.
+// count + !(x <= y): incremented where x is above y or NaN.
 BNB_DEVICE uint32_t count_above(uint32_t count, float x, float y) {
   asm("{ .reg .pred above; setp.gtu.f32 above, %1, %2; @above add.u32 %0, %0, 1; }" : "+r"(count) : "f"(x), "f"(y));
   return count;
 }
-// The greater of each half, both without sign: 16-bit integers, or floats of type T with NaN above all.
+// The greater of each half, both unsigned: 16-bit integers, or the bits of |x| of type T, NaN greatest.
 template <class T> BNB_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
   uint32_t r;
   if constexpr (kArch >= 90)

@@ -1,4 +1,4 @@
-// The host's side of the device layer: properties of devices, launches, errors. With device.cuh and ptx.cuh the only place that names CUDA.
+// The host's side of the device layer on CUDA. With device.cuh and ptx.cuh the only place that names CUDA.
 #include <cuda_runtime_api.h>
 
 #include <bnb/error.h>
@@ -15,7 +15,7 @@ namespace bnb::cuda {
 namespace {
 
 [[noreturn]] void fail(const std::string& what, cudaError_t error) {
-  cudaGetLastError();  // ours now: the next call of anybody else must not find it
+  cudaGetLastError();  // clears it: the next call of anybody else must not see it
   throw Error(error == cudaErrorMemoryAllocation ? Errc::out_of_memory : Errc::unsupported,
               what + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
@@ -43,7 +43,7 @@ void* allocate_managed(int64_t bytes) {
 }
 
 void free_managed(void* memory) {
-  const dev::MemoryDuringCapture allowed;  // a finalizer's thread does not know what others do
+  const dev::MemoryDuringCapture allowed;  // may be called by a finalizer while another thread captures
   check("free_managed", cudaFree(memory));
 }
 
@@ -100,8 +100,8 @@ MemoryDuringCapture::~MemoryDuringCapture() {
 
 namespace {
 
-// Lets a kernel have all the shared memory that a block may have, once for each device: were it set to what one launch needs, a launch by
-// another thread that needs less would take it back in between.
+// Raises a kernel's limit of dynamic shared memory to the device's, once per kernel and device. Set to what one launch needs, another
+// thread's smaller launch could lower it again in between.
 cudaError_t allow_all_shared(const void* kernel, const Device& d) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;

@@ -1,5 +1,5 @@
-// How the block-wise kernels lay elements on threads. A warp takes a span of 4 rows of 32 lanes x 16 bytes, so that accesses of T are whole
-// rows of 512 bytes: element span + (unit * 32 + lane) * kPerUnit + i is number i of a lane's `unit`, one of 4.
+// How the block-wise kernels map elements to threads. A warp takes a span of 4 rows of 32 lanes x 16 bytes, so that accesses of T are whole
+// rows of 512 bytes: element i of a lane's unit (0..3) is span + (unit * 32 + lane) * kPerUnit + i.
 // A block of 32 to 4096 elements is then a group of lanes, several rows, or several warps.
 #pragma once
 
@@ -15,7 +15,7 @@ template <class T> BNB_DEVICE int64_t unit_begin(int64_t span, int unit) {
   return span + (unit * static_cast<int>(dev::kWarp) + static_cast<int>(dev::lane())) * kPerUnit<T>;
 }
 
-// Bytes [at, at + sizeof(V)) of `size` bytes at any address; zeros behind the end.
+// Bytes [at, at + sizeof(V)) of `size` bytes at any address; zeros past the end.
 template <class V> BNB_DEVICE V load_bytes(const uint8_t* from, int64_t at, int64_t size) {
   V v = {};
   constexpr int kWord = sizeof(v.word[0]);
@@ -56,7 +56,7 @@ template <class T> BNB_DEVICE void to_floats(const dev::Bits<16>& raw, float (&x
       dev::unpack<T>(raw.word[i], x[2 * i], x[2 * i + 1]);
 }
 
-// Bits of |x|, in fp32 or in both halves of a word: their order is that of the numbers, NaN above infinity.
+// Maximum of |x| as bits, in fp32 or in both halves of a word: bits are ordered as the numbers are, NaN above infinity.
 template <class T> BNB_DEVICE uint32_t greater(uint32_t a, uint32_t b) {
   if constexpr (sizeof(T) == 4) return a > b ? a : b;
   if constexpr (sizeof(T) == 2) return dev::max_halves<T>(a, b);
@@ -64,8 +64,8 @@ template <class T> BNB_DEVICE uint32_t greater(uint32_t a, uint32_t b) {
 
 BNB_DEVICE bool finite(float x) { return (dev::float_bits(x) & 0x7fffffff) < 0x7f800000; }
 
-// A product with the bits that the CPU gives where numbers end: a NaN keeps its sign and payload and becomes quiet, 0 * infinity has the
-// sign bit set. To be rounded by bnb::rounded, which knows of them.
+// A product whose NaNs have the CPU's bits: a NaN operand keeps its sign and payload and becomes quiet, 0 * infinity has the sign bit set.
+// To be rounded by bnb::rounded, which keeps them.
 BNB_DEVICE float product_with_nan(float value, float absmax) {
   constexpr uint32_t kQuiet = 0x00400000;
   uint32_t bits = dev::float_bits(dev::mul(value, absmax));
@@ -78,8 +78,8 @@ BNB_DEVICE float product_with_nan(float value, float absmax) {
   return dev::bits_float(bits);
 }
 
-// Launch choices. A multiprocessor holds `per_sm` blocks of `threads`; a grid has up to `rounds` times as many as fit the device, its
-// blocks go on with further tiles.
+// Launch shape. A multiprocessor holds `per_sm` blocks of `threads`; a grid has up to `rounds` times as many blocks as fit the device, and
+// each block loops over further tiles.
 struct Shape {
   uint32_t threads, per_sm, rounds;
   constexpr int warps() const { return static_cast<int>(threads / dev::kWarp); }

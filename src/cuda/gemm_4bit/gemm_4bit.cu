@@ -1,8 +1,8 @@
-// gemm_4bit on a device: which family of kernels does a call, and with what. The kernels are in gemm_4bit_*.cu.
-//   rows    few rows of a: W streams through registers into tensor cores; bound by memory
-//   tile    more rows: tiles with tensor cores, W decoded on the way
-//   panel   many rows: parts of W decoded into the cache, then cuBLASLt, where there is one
-//   fma     fp32, and whatever the others do not take
+// gemm_4bit on a device: the choice of a plan. The kernels are in gemm_4bit_*.cu.
+//   rows    few rows of a: W streams through registers into tensor cores; memory-bound
+//   tile    more rows: tiles on tensor cores, W decoded in registers
+//   panel   many rows: panels of W decoded into L2, then cuBLASLt, where present
+//   fma     fp32, and everything that the others do not support
 #include "cuda/gemm_4bit/gemm_4bit.h"
 
 #include "common/arguments.h"

@@ -1,4 +1,4 @@
-// What the kernels of gemm_4bit share: the weight as they get it, scales of blocks, tables of codes, the output.
+// What the kernels of gemm_4bit share: the operand W, its scales, lookup tables of codes, the epilogue.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +17,10 @@ namespace bnb::cuda::gemm {
 
 using dev::Bits;
 
-// ---- W, n x k
+// ---- operand W, n x k
 struct Weight4bit {
   const uint8_t* codes;
-  const float* absmax;          // of a block; nested: of a block of absmax_codes
+  const float* absmax;          // per block; nested: per block of absmax_codes
   const uint8_t* absmax_codes;  // null: not nested
   const float* map;             // of absmax_codes
   const float* offset_at;       // null: offset
@@ -44,14 +44,14 @@ inline Weight4bit weight_of(const Gemm4bit& d) {
           .type = d.type};
 }
 
-// absmax of blocks: `fetch` starts the load, so that it can be in flight, `decode` gives the number.
+// absmax of blocks: `fetch` issues the load early, `decode` gives the value.
 class Scales {
  public:
   BNB_DEVICE explicit Scales(const Weight4bit& w) : w_(w) {}
   BNB_DEVICE uint32_t fetch(int64_t block) const {
     return w_.absmax_codes ? uint32_t{w_.absmax_codes[block]} : dev::float_bits(w_.absmax[block]);
   }
-  // `block()` is asked for only where it is needed, so that no register keeps it.
+  // `block()` is called only where scales are nested, so that no register holds it otherwise.
   template <class F> BNB_DEVICE float decode(uint32_t fetched, F&& block) const {
     if (!w_.absmax_codes) return dev::bits_float(fetched);
     return dev::add(dev::mul(w_.map[fetched], w_.absmax[block() >> w_.log2_nested]), w_.offset_at ? *w_.offset_at : w_.offset);
@@ -64,7 +64,7 @@ class Scales {
   const Weight4bit& w_;
 };
 
-// ---- codes in pairs: a byte is the number of a line of 256 bytes, in which each lane has its own words. One byte permute makes the
+// ---- codes are looked up in pairs: a byte selects a line of 256 bytes, in which each lane has its own words. One byte permute makes the
 // address, (byte, lane offset), and no two lanes share a bank.
 inline constexpr int kLine = 256, kLines = 256;
 BNB_DEVICE uint32_t line_address(uint32_t codes, int byte, uint32_t lane_offset) {
@@ -104,7 +104,7 @@ constexpr Codebooks make_codebooks() {
 }
 BNB_TABLE Codebooks kCodebooks = make_codebooks();
 
-// Pairs of prescaled values in the lower half of each line, 4 bytes a lane; the upper half is free.
+// Pairs of prescaled values in the lower half of each line, 4 bytes per lane; the upper half is free.
 template <class T> struct PrescaledPairs {
   BNB_DEVICE static void fill(uint8_t* lines, QuantType type) {
     const uint16_t* bits = kPrescaled<T>.bits[static_cast<int>(type)];
@@ -120,7 +120,7 @@ template <class T> struct PrescaledPairs {
   }
 };
 
-// ---- y, m x n
+// ---- epilogue: y, m x n
 struct Epilogue4bit {
   void* y;
   const void* bias;  // null: none

@@ -17,9 +17,10 @@ std::vector<Plan> plans(const Gemm4bit&, const dev::Device&);
 std::string describe(const Plan&, const Gemm4bit&);
 void run(const Plan&, const Gemm4bit&, void* workspace, Stream);
 
-// Tensor cores multiply this type on this architecture, and the tensors allow 16-byte accesses: k a multiple of 32, all addresses aligned.
+// Whether tensor cores multiply this type on this architecture and the tensors allow 16-byte accesses: k a multiple of 32, addresses
+// aligned.
 bool fits_tensor_cores(const Gemm4bit&, const dev::Device&);
-// Every pointer to elements is aligned to its type.
+// Whether every pointer to elements is aligned to its type.
 bool elements_aligned(const Gemm4bit&);
 
 }  // namespace bnb::cuda::gemm

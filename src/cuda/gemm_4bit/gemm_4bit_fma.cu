@@ -1,8 +1,9 @@
-// gemm_4bit without tensor cores: fp32 input, and everything that other kernels do not take: any k, rows that begin in mid-byte or
+// gemm_4bit without tensor cores: fp32 input, and everything that other kernels do not support: any k, rows that begin in mid-byte or
 // mid-block, any alignment, any type on any architecture.
 //
-// A warp makes two columns of y for up to four rows of a. Its lanes take 8 columns of k each, 256 at a time; sums of a lane in fp32, then
-// over lanes in one order. Reads W once for four rows of a; w is what dequantize_4bit gives. About 5 instructions a weight and 1 a product.
+// A warp computes two columns of y for up to four rows of a. Its lanes take 8 columns of k each, 256 at a time; sums per lane in fp32, then
+// over lanes in a fixed order. Reads W once per four rows of a; w is what dequantize_4bit gives. About 5 instructions per weight and 1 per
+// product.
 #include "cuda/device/span.cuh"
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
@@ -12,7 +13,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / static_cast<int>(dev::kWarp), kColumns = 2, kPer = 8;
 
 struct Shared {
-  float value[16][dev::kWarp];  // each lane has a copy in its own bank
+  float value[16][dev::kWarp];  // one copy per lane, in its own bank
 };
 
 template <class T, bool aligned> BNB_DEVICE float element(const T* from, int64_t i) {
@@ -75,7 +76,7 @@ multiply(Weight4bit w, const T* a, int64_t m, Epilogue4bit epilogue, bool words)
           for (int j = 0; j < kPer; ++j)
             if (j < here) codes |= code(j) << 4 * j;
         }
-        // Blocks have at least 32 weights: here are at most two of them.
+        // Blocks have at least 32 weights, so 8 codes span at most two.
         const int64_t block = at >> w.log2_block, last_block = (at + here - 1) >> w.log2_block;
         const float scale = scales[block];
         const float other = last_block == block ? scale : scales[last_block];
@@ -110,7 +111,7 @@ std::string describe_config(const Plan& p) {
 
 void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
   const int config = d.m == 1 ? 0 : 1;
-  // Decoding a weight for every tile of rows, products, loads of a.
+  // Per weight and tile of rows: decoding; per row: a product and a load of a.
   const double rows = kRowsOf[config], tiles = std::ceil(static_cast<double>(d.m) / rows);
   const double weights = static_cast<double>(d.n) * static_cast<double>(d.k) / device.sms;
   plans.push_back({.config = config, .clocks = kLaunchClocks + weights * tiles * (8 + 2 * rows) / kLanes, .describe = describe_config});

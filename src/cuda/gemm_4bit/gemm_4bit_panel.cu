@@ -1,8 +1,8 @@
-// gemm_4bit for many rows of a: rows of W are decoded into a panel that stays in the second-level cache, which a library multiplies with a;
-// then the next rows. Exact weights, as dequantize_4bit has them.
+// gemm_4bit for many rows of a: rows of W are decoded into a panel that stays in L2 and that cuBLASLt multiplies with a; then the next
+// rows. Exact weights, as dequantize_4bit gives them.
 //
-// Reads 1/2 byte a weight, writes and reads one weight of the panel, reads a for each panel. Lower bound: 2 m n k operations of the tensor
-// cores. Worth it from some hundred rows on, where decoding is a small part.
+// Reads 1/2 byte per weight, writes and reads each weight of the panel once, reads a once per panel. Lower bound: 2 m n k operations of the
+// tensor cores. Pays from a few hundred rows on, where decoding is a small part.
 #include <bnb/cuda.h>
 
 #include "cuda/device/cublaslt.h"
@@ -11,9 +11,9 @@
 namespace bnb::cuda::gemm {
 namespace {
 
-constexpr int64_t kRowStep = 512, kAlign = 256;  // so many rows of 8 weights and more begin a block of any size
+constexpr int64_t kRowStep = 512, kAlign = 256;  // 512 rows of k >= 8 weights are whole blocks of any size
 
-// Nested absmax of all blocks, as plain ones.
+// Decodes the nested absmax of all blocks.
 BNB_KERNEL(256, 8) decode_scales(Weight4bit w, int64_t blocks, float* to) {
   const Scales scales(w);
   for (int64_t i = int64_t{dev::block().x} * 256 + dev::thread(); i < blocks; i += int64_t{dev::grid().x} * 256) to[i] = scales[i];
@@ -35,14 +35,14 @@ std::string describe_config(const Plan& p) { return "panels of " + std::to_strin
 void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {
   const int64_t size = size_of(d.a.dtype), per_16_bytes = 16 / size;
   const auto aligned = [](const void* p) { return dev::aligned(p, 16); };
-  // Asked at the first call, also of one row: a graph of many rows that is captured later then finds the library prepared.
+  // Opened by the first call of any m, so that a graph of many rows captured later finds the library ready.
   const bool there = library::available(device.index);
   if (!there || d.batch_invariant || d.m < 32 || d.k < 8 || d.k % 8 != 0 || d.n % per_16_bytes != 0 || d.m > INT32_MAX || d.n > INT32_MAX)
     return;
   if (!aligned(d.a.data) || !aligned(d.out.data) || (d.bias.size && (d.bias.dtype != d.out.dtype || !aligned(d.bias.data)))) return;
   const Rates rates = rates_of(device.arch);
   Plan p = {.describe = describe_config};
-  // A part of the cache's half, at least as many rows as fill the device.
+  // Panels of at most half of L2, but enough rows to fill the device.
   const int64_t most = std::max<int64_t>(4 * kRowStep, device.l2_bytes / 2 / (d.k * size) / kRowStep * kRowStep);
   p.panel = std::min(d.n, round_up(ceil_div(d.n, ceil_div(d.n, most)), kRowStep));
   p.workspace = layout_of(p, d).bytes;

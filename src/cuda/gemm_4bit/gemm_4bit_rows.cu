@@ -1,25 +1,25 @@
 // gemm_4bit for few rows of a: y = a * W^T, W streamed once through registers into tensor cores.
 //
-// Reads 1/2 byte a weight and 4 bytes a block of W, each once, and a from the cache. Lower bound: those bytes at the bandwidth of memory,
-// 0.56 bytes a weight for blocks of 64. About 2 instructions and half an access to shared memory a weight. More than 32 rows take several
+// Reads 1/2 byte per weight and 4 bytes per block of W, each once, and a from the cache. Lower bound: those bytes at memory bandwidth, 0.56
+// bytes per weight for blocks of 64. About 2 instructions and half a shared-memory access per weight. More than 32 rows take several
 // passes.
 //
-// 16 rows of W are the A operand of mma, 8 rows of a its B operand. A byte of codes is looked up as a pair of values; a scale is multiplied
-// to the fp32 sum of its block, not to weights, which are values rounded to T (gemm_4bit.cuh has the error).
+// 16 rows of W are the A operand of mma, 8 rows of a its B operand. A byte of codes is looked up as a pair of prescaled values; the scale
+// multiplies the fp32 sum of its block, not the weights (gemm_4bit.cuh has the error).
 //
-// `granule` weights of a row (32, or 64) have one scale. The four lanes of an A row hold one granule, a quarter each (halves = 1), or two
-// granules, half a one each (halves = 2): then column 4 h + m of B is row m of a for the lanes of granule h and 0 for the others, so that
-// loads are twice as wide and sums of two granules come out beside each other.
+// A granule is 32 or 64 weights of a row with one scale. The four lanes of an A row hold one granule, a quarter each (halves = 1), or two
+// granules, half of one each (halves = 2): then column 4 h + m of B is row m of a for the lanes of granule h and 0 for the others, so that
+// loads are twice as wide and the sums of two granules come out side by side.
 //
-// A warp keeps the 256 columns of a that are its own in registers and goes through rows of W; k is spread over warps, whose sums meet in
-// shared memory in one order. k beyond the warps of a block is done in slices, one after another.
+// A warp keeps its 256 columns of a in registers and loops over rows of W. k is spread over warps, whose sums are added in shared memory in
+// a fixed order; what exceeds the warps of a block is done in slices, one after another.
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
 namespace bnb::cuda::gemm {
 namespace {
 
 constexpr int kDepth = 256;  // columns of a warp
-constexpr int kBatch = 16;   // items of a block, at most, whose sums wait for the next slice
+constexpr int kBatch = 16;   // most items of a block whose sums are kept for the next slice
 
 struct Config {
   int granule, halves;  // weights with one scale; granules side by side in the four lanes of a row
@@ -36,9 +36,9 @@ struct Config {
 struct Split {
   int slices;         // of k
   int k_warps;        // warps of one tile of 16 rows, side by side in k
-  int groups;         // tiles at once: groups * k_warps <= warps
+  int groups;         // tiles processed at once: groups * k_warps <= warps
   int slice_columns;  // k_warps * kDepth
-  int rows;           // of an item: groups * 16
+  int rows;           // per item: groups * 16
   int items, blocks;  // of all rows; of the grid
 };
 Split split_of(int64_t n, int64_t k, int warps, int sms) {
@@ -49,7 +49,7 @@ Split split_of(int64_t n, int64_t k, int warps, int sms) {
   return {i(slices), i(k_warps), i(groups), i(k_warps * kDepth), i(groups * 16), i(items), i(blocks)};
 }
 
-// The upper half of a line takes the sums of a warp, one register of 32 lanes each.
+// The upper half of a line holds sums of a warp, one register of 32 lanes each.
 template <Config c> struct Shared {
   static_assert(2 * c.steps * c.warps() * c.tiles * 4 <= kLines);
   uint8_t lines[kLines][kLine];
@@ -60,8 +60,8 @@ template <Config c> struct Shared {
   }
 };
 
-// ---- the order of work: all items of a slice, then the next slice. An item is `groups` tiles of 16 rows side by side; a block has every
-// so many.
+// ---- the order of work: all items of a slice, then the next slice. An item is `groups` adjacent tiles of 16 rows; a block takes every
+// `blocks`-th item.
 struct Cursor {
   int left, item, row, column;  // steps, item of the slice, this lane's first row, the warp's first column
 };
@@ -91,10 +91,10 @@ struct Schedule {
   }
 };
 
-// ---- operand W: a warp's 256 columns of 16 rows, what a lane loads, and whence
+// ---- operand W: a lane's codes and scales of a warp's 256 columns of 16 rows
 template <Config c> struct Unit {
-  static constexpr int kWords = c.chunk() / 32;          // of a lane and row
-  static constexpr int kSlots = kDepth / c.granule / 4;  // scales of a lane and row
+  static constexpr int kWords = c.chunk() / 32;          // per lane and row
+  static constexpr int kSlots = kDepth / c.granule / 4;  // scales per lane and row
   uint32_t codes[2][c.chunks()][kWords] = {}, scale[2][kSlots];
 
   // The first weight of a lane's row, and the block of a scale. Rows past the end are computed and dropped.
@@ -124,7 +124,7 @@ template <Config c> struct Unit {
     from.left = at.left > 0 ? static_cast<int>(w.k) - lane_column : 0;
     return from;
   }
-  // Columns past k keep old codes and have some scale of their row: a is 0 there.
+  // Past k a lane keeps old codes and any scale of the row: a is 0 there.
   BNB_DEVICE void load(const Source& from, int half, int chunk) {
     if (chunk * c.chunk() >= from.left) return;
     using Wide = Bits<kWords * 4>;
@@ -148,7 +148,7 @@ template <Config c> struct Unit {
   }
 };
 
-// ---- operand a: the warp's 256 columns of all rows, in the order of W's; zeros past m and k
+// ---- operand a: the warp's 256 columns of all rows, in W's order of columns; zeros past m and k
 template <Config c> using Activations = uint32_t[c.tiles][kDepth / 16][2];
 
 template <class T, Config c> BNB_DEVICE void load_activations(const T* a, int m, int k, int column, Activations<c>& x) {
@@ -171,7 +171,7 @@ template <class T, Config c> BNB_DEVICE void load_activations(const T* a, int m,
   }
 }
 
-// ---- mathematics: a step. Sums of each granule by mma, times its scale; codes that are done with give way to those of `next`.
+// ---- mathematics of a step: sums of each granule by mma, times its scale. Codes already used are replaced by those of `next`.
 template <class T, Config c>
 BNB_DEVICE void multiply_unit(Unit<c>& u, const typename Unit<c>::Source& next, const uint8_t* lines, const Activations<c>& x,
                               const float (&scale)[2][Unit<c>::kSlots], float (&total)[c.tiles][4]) {
@@ -201,7 +201,7 @@ BNB_DEVICE void multiply_unit(Unit<c>& u, const typename Unit<c>::Source& next, 
   }
 }
 
-// ---- epilogue: sums of warps to shared memory; added there in one order, over slices too; then y = T(sum / prescale + bias)
+// ---- epilogue: sums of warps to shared memory, added there in a fixed order, over slices too; then y = T(sum / prescale + bias)
 template <Config c> BNB_DEVICE void keep_sums(Shared<c>& s, int buffer, int step, int m, const float (&total)[c.tiles][4]) {
   const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp()), t = lane % 4;
   BNB_UNROLL
@@ -276,13 +276,13 @@ template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight4bit w, c
         const Cursor follows = schedule.ahead(now, step + 1);
         if (follows.item == 0 && follows.left > 0) load_activations<T, c>(a, m, k, follows.column, x);
       }
-      dev::barrier();  // and none after the sums are read: the next ones go to the other buffer
+      dev::barrier();  // none is needed after the sums are read: the next ones go to the other buffer
       store_sums<T, c>(s, buffer, schedule, now, split, w, m, epilogue);
     }
   }
 }
 
-// Wide loads where four rows of a are enough; then one, two or four tiles of eight.
+// Up to four rows of a with loads of twice the width; then one, two or four tiles of eight.
 constexpr Config kConfigs[] = {{64, 2, 1, 2}, {64, 1, 1, 2}, {64, 1, 2, 2}, {64, 1, 4, 1},
                                {32, 2, 1, 1}, {32, 1, 1, 1}, {32, 1, 2, 2}, {32, 1, 4, 1}};
 constexpr int64_t kMostRows = 128;  // in passes of 32;
@@ -301,7 +301,7 @@ void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plan
     const Split split = split_of(d.n, d.k, c.warps(), device.sms);
     if ((d.m > c.rows() && c.tiles < 4) || d.blocksize % c.granule != 0 || d.k % c.granule != 0) continue;
     const int64_t steps = ceil_div(split.items, split.blocks) * split.slices * ceil_div(split.blocks, device.sms);
-    // A step of a warp: 64 lines of shared memory, one a clock, and its sums; 2 KiB of W, which narrow loads make dearer.
+    // A step of a warp: 64 lines of shared memory, one per clock, and its sums; 2 KiB of W, slower with narrow loads.
     const int warps = split.k_warps * split.groups, bytes = c.granule * c.halves / 8;
     const double lines = warps * (64.0 + 8 * c.tiles), products = warps * 16.0 * kDepth * 8 * c.tiles / rates.mma;
     const double loads = warps * 2048 / rates.l2_bytes * load_factor(bytes);

@@ -1,26 +1,26 @@
-// gemm_4bit with tensor cores for many rows of a: tiles of y, W decoded in registers on the way into mma, a through shared memory.
+// gemm_4bit on tensor cores for many rows of a: tiles of y, W decoded in registers and fed to mma, a through shared memory.
 //
-// A block makes `warps * row_tiles * 16` columns by `tiles * 8` rows of y. Each warp has rows of W of its own, so that a block decodes a
+// A block computes `warps * row_tiles * 16` columns by `tiles * 8` rows of y. Each warp has its own rows of W, so that a block decodes each
 // weight once; they are the A operand. Of a row of W and 64 columns of k the lanes t = 0..3 take 16 columns each, 8 bytes: mma step s has
-// columns 16 t + 4 s .. + 3 of lane t, and a is read in that order, 16 bytes a lane. Codes are loaded into registers some steps ahead, a by
-// asynchronous copies into `kStages` buffers.
+// columns 16 t + 4 s .. + 3 of lane t, and a is read in that order, 16 bytes per lane. Codes are loaded into registers some steps ahead, a
+// by asynchronous copies into `kStages` buffers.
 //
-// Reads W once for `tiles * 8` rows of a, and all of a for each block of columns. Lower bound: 2 m n k operations of the tensor cores.
+// Reads W once per `tiles * 8` rows of a, and all of a once per block of columns. Lower bound: 2 m n k operations of the tensor cores.
 //
-// Two ways to decode. Exact: w = T(value * absmax), as dequantize_4bit has it. Sums are added in order of k, so a row of y depends neither
-// on m nor on the tile. Prescaled: values rounded to T, absmax multiplied to the fp32 sum of a block (gemm_4bit.cuh has the error), which
-// takes less than half the instructions a weight.
+// Two ways to decode. Exact: w = T(value * absmax), as dequantize_4bit gives. Sums are added in order of k, so a row of y depends neither
+// on m nor on the tile. Prescaled: values rounded to T, absmax multiplies the fp32 sum of a block (gemm_4bit.cuh has the error), which
+// takes less than half the instructions per weight.
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
 namespace bnb::cuda::gemm {
 namespace {
 
-constexpr int kDepth = 64, kStages = 3, kPitch = kDepth * 2 + 16;  // columns of a step; bytes of a row of a, so that banks differ
+constexpr int kDepth = 64, kStages = 3, kPitch = kDepth * 2 + 16;  // columns per step; bytes per row of a, padded so that banks differ
 
 constexpr int table_bytes(int arch) { return arch >= 80 ? kLines * kLine : 0; }
 
-// w of two codes. A line holds both values as floats, 8 bytes a lane; without the shared memory for that (sm_75) a lane holds value
-// lane % 16.
+// w of two codes. A line holds both values as floats, 8 bytes per lane; without the shared memory for that (sm_75) a lane holds value
+// lane % 16 and a shuffle is the lookup.
 template <class T> struct ExactPairs {
   static constexpr bool kShuffle = table_bytes(dev::kArch) == 0;
   const uint8_t* lines;
@@ -118,7 +118,7 @@ template <Config c> class WeightOperand {
         return static_cast<int64_t>((row_begin(i) + static_cast<uint32_t>(lane_column(step))) >> w_.log2_block);
       });
   }
-  // Two codes of row `half` (0, 1) of a tile are byte `byte` of this word.
+  // Eight codes of the lane's row `half` (0, 1) of a tile.
   BNB_DEVICE uint32_t word(int ring, int row_tile, int half, int i) const { return codes_[ring][row_tile][half][i]; }
 
  private:
@@ -127,7 +127,7 @@ template <Config c> class WeightOperand {
     const int row = first_row_ + i * 8;
     return static_cast<uint64_t>(static_cast<uint32_t>(row < n_ ? row : n_ - 1)) * static_cast<uint32_t>(k_);
   }
-  // Past k some other codes and a scale of the row: a is 0 there.
+  // Past k the codes and the scale of column 0 are used: a is 0 there.
   BNB_DEVICE int lane_column(int step) const {
     const int at = step * kDepth + t_ * 16;
     return at < k_ ? at : 0;
@@ -139,7 +139,7 @@ template <Config c> class WeightOperand {
   uint32_t codes_[c.ahead()][c.row_tiles][2][2] = {}, fetched_[c.ahead()][c.row_tiles][2] = {};
 };
 
-// Decoding pairs of codes to pairs of T, by a table in shared memory.
+// Decodes pairs of codes to pairs of T, by a table in shared memory.
 template <class T, bool exact> class Decoder {
  public:
   BNB_DEVICE Decoder(uint8_t* table, QuantType type) : pairs_(table, type) {}
@@ -181,7 +181,7 @@ template <class T, Config c> class ActivationOperand {
     for (int i = 0; i < c.rows(); i += kCopyRows, from += static_cast<int64_t>(kCopyRows) * k_)
       if (c.rows() % kCopyRows == 0 || copy_row() + i < c.rows()) dev::copy_async<16>(to + i * kPitch, from, i < rows_left ? 16 : 0);
   }
-  // What this lane needs of a step, for load().
+  // This lane's part of a stage, for load().
   BNB_DEVICE const uint8_t* lane_rows(int step) const { return stages_ + step % kStages * c.stage_bytes() + lane_offset_; }
   BNB_DEVICE static void load(const uint8_t* rows, int tile, int pass, uint32_t (&fragments)[c.mma_per_pass()][2]) {
     BNB_UNROLL
@@ -218,7 +218,7 @@ BNB_DEVICE void decode(const Decoder<T, c.exact>& decoder, const WeightOperand<c
   }
 }
 
-// Exact weights carry their scale. Of the others sums have it: those of one block, as it has no less than 64 weights.
+// Exact weights include their scale. Prescaled ones do not: it multiplies the sums of a step, which lie in one block of 64 or more weights.
 template <class T, Config c>
 BNB_DEVICE void multiply_pass(const uint8_t* a_rows, int pass, const WeightFragments<c>& weights, const float (&scale)[c.row_tiles][2],
                               Sums<c>& sums) {
@@ -241,7 +241,7 @@ BNB_DEVICE void multiply_pass(const uint8_t* a_rows, int pass, const WeightFragm
   }
 }
 
-// ---- epilogue: sums of a split as they are; or y = T(sum * factor + bias), through shared memory so that stores are whole rows
+// ---- epilogue: raw sums of a split; or y = T(sum * factor + bias), through shared memory so that stores are whole rows
 template <Config c> BNB_DEVICE void store_split(const KSplit& k_split, const Position<c>& at, const Sums<c>& sums, int m, int n) {
   BNB_UNROLL
   for (int i = 0; i < c.row_tiles * c.tiles * 4; ++i) {
@@ -334,7 +334,7 @@ template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight4bit w, c
   }
 }
 
-// y = sums of all splits, in order, + bias
+// y = T((sum over splits, in order) * factor + bias)
 template <class T> BNB_KERNEL(256, 4) add_splits(const float* sums, int splits, int64_t m, int64_t n, float factor, Epilogue4bit epilogue) {
   for (int64_t i = int64_t{dev::block().x} * 256 + dev::thread(); i < m * n; i += int64_t{dev::grid().x} * 256) {
     float sum = 0;
@@ -360,7 +360,7 @@ void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plan
     if (ceil_div(d.n, c.columns()) > 65535) continue;
     if (!c.exact && (d.blocksize % 64 != 0 || d.k % 64 != 0 || device.arch < 80)) continue;
     const int64_t tiles = ceil_div(d.m, c.rows()) * ceil_div(d.n, c.columns()), steps = ceil_div(d.k, kDepth);
-    // A step: products, lines of shared memory, bytes from the cache.
+    // A step: products, lines of shared memory, bytes from L2.
     const double weights = c.columns() * kDepth, lines = weights / 64 * (c.exact ? 2 : 1) + c.warps * c.tiles * 8 + c.rows();
     const double step =
         kTileOverhead * std::max({weights * c.rows() / rates.mma, lines, (weights / 2 + c.rows() * kDepth * 2) / rates.l2_bytes});

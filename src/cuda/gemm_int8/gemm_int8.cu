@@ -1,5 +1,5 @@
-// Products of int8 on a device: which kernel does a call, and the whole of linear_int8. The kernels are in gemm_int8_*.cu.
-//   rows    few rows of a: W streams through registers into tensor cores; bound by memory
+// gemm_int8 on a device: the choice of a plan; and linear_int8. The kernels are in gemm_int8_*.cu.
+//   rows    few rows of a: W streams through registers into tensor cores; memory-bound
 //   tile    more rows, and whatever is not aligned
 #include "common/arguments.h"
 #include "cuda/gemm_int8/gemm_int8.h"
@@ -11,7 +11,7 @@ EpilogueInt8 epilogue_of(const Int8Epilogue& to, int64_t m, int64_t n, int32_t* 
   EpilogueInt8 e = {.m = m, .n = n};
   e.sums_only = sums != nullptr;
   e.out = sums ? sums : to.out.data;
-  e.out_type = sums ? DType::f32 : to.out.dtype;  // as large
+  e.out_type = sums ? DType::f32 : to.out.dtype;  // of the same size
   const int64_t size = size_of(e.out_type);
   e.vectors = dev::aligned(e.out, 16) && n * size % 16 == 0;
   e.elements = dev::aligned(e.out, size);

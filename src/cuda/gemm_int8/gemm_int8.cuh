@@ -8,8 +8,8 @@ namespace bnb::cuda::gemm {
 
 using dev::Bits;
 
-// One warp: outliers number first .. first + most - 1 in ascending order to `columns`; gives how many there are in all. A listed column
-// that does not exist becomes -1.
+// By one warp: writes outliers first .. first + most - 1, in order, to `columns` and returns how many there are in all. An out-of-range
+// column of the list becomes -1.
 BNB_DEVICE int select_outliers(const Outliers& from, int64_t k, int first, int most, int32_t* columns) {
   const int lane = static_cast<int>(dev::lane());
   if (!from.words) {
@@ -38,9 +38,9 @@ BNB_DEVICE int select_outliers(const Outliers& from, int64_t k, int first, int m
   return total;
 }
 
-inline constexpr int kChunk = kOutlierGroup;  // outliers at once
+inline constexpr int kChunk = kOutlierGroup;  // outliers staged at once
 
-// What a tile of rows x columns needs of a chunk of outliers. Threads of the block fill it together; x and w change when all have arrived.
+// What a tile of rows x columns needs of a chunk of outliers. All threads of the block call fill().
 template <int rows, int columns> struct OutlierStage {
   float w[kChunk][columns], x[rows][kChunk];
   int32_t column[kChunk];
@@ -68,7 +68,7 @@ template <int rows, int columns> struct OutlierStage {
   }
 };
 
-// `bits`: of the elements of y from (row, column) on; column is a multiple of `wide`.
+// Stores `wide` elements of y, given as bits, from (row, column) on; column is a multiple of `wide`.
 template <int wide>
 BNB_DEVICE void store_values(const EpilogueInt8& e, int64_t row, int64_t column, const uint32_t (&bits)[wide], int size) {
   auto* to = static_cast<uint8_t*>(e.out) + (row * e.n + column) * size;
@@ -104,9 +104,9 @@ template <class T, int wide> BNB_DEVICE void store_rounded(const EpilogueInt8& e
   store_values(e, row, column, bits, sizeof(T));
 }
 
-// The sums of a tile on their way to y: y = (sum * (column / 127^2)) * row + outliers + bias, each step in fp32 and in this order. All
-// threads of the block; each takes `tall` rows of `wide` columns at a time. sum(row, column, int32_t[wide]) reads the tile. `staged` holds
-// the first chunk of outliers; null where there cannot be any.
+// The epilogue of a tile: y = (sum * (column / 127^2)) * row + outliers + bias, each step in fp32 and in this order. All threads of the
+// block call it; each takes `tall` rows of `wide` columns at a time. sum(row, column, int32_t[wide]) reads the tile. `staged` holds the
+// first chunk of outliers; null if there cannot be any.
 template <int rows, int columns, int threads, int tall, int wide, class Sum>
 BNB_DEVICE void apply_epilogue(const EpilogueInt8& e, OutlierStage<rows, columns>* staged, int64_t first_row, int64_t first_column,
                                Sum sum) {
@@ -121,7 +121,7 @@ BNB_DEVICE void apply_epilogue(const EpilogueInt8& e, OutlierStage<rows, columns
     if (e.bias) bias[j] = value_at(e.bias, e.bias_type, at);
   }
   const int total = staged ? staged->total : 0;
-  int held = 0;  // the chunk that is staged
+  int held = 0;  // the staged chunk
   BNB_KEEP_LOOP
   for (int pass = 0; pass < rows; pass += kSlots * tall) {
     const int first = pass + slot * tall;

@@ -1,10 +1,10 @@
-// Products of int8 for few rows of a: W streams once through registers into tensor cores.
+// gemm_int8 for few rows of a: W streams once through registers into tensor cores.
 //
-// A block makes 16 columns of y. Its warps go through k, four times 64 columns at once: rows of W are the A operand of mma, rows of a the B
+// A block computes 16 columns of y. Its warps share k, four times 64 columns at a time: rows of W are the A operand of mma, rows of a the B
 // operand. Lane t of the four that share a row takes columns 16 t .. 16 t + 15, two mma steps, of both operands alike, so that loads are 16
-// bytes. Sums of the warps meet in shared memory; being integers they have no order.
+// bytes. Sums of warps are added in shared memory; as integers they need no order.
 //
-// Reads n k bytes of W once and m k bytes of a for each block, from the caches. Lower bound: n k bytes at the bandwidth of memory.
+// Reads the n k bytes of W once and the m k bytes of a once per block, from the caches. Lower bound: n k bytes at memory bandwidth.
 #include "cuda/device/cost.h"
 #include "cuda/gemm_int8/gemm_int8.cuh"
 
@@ -12,7 +12,7 @@ namespace bnb::cuda::gemm {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * static_cast<int>(dev::kWarp), kColumns = 16, kDepth = 64;
-constexpr int kAhead = 4;  // loads of a row that are in flight together
+constexpr int kAhead = 4;  // loads in flight per row
 
 struct Config {
   int tiles;  // of 8 rows of a
@@ -30,7 +30,7 @@ template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(cons
   const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp()), g = lane / 4, t = lane % 4;
   const int64_t first = int64_t{dev::block().x} * kColumns;
   const int left = static_cast<int>(e.k) - t * 16;  // columns from the lane's first on
-  const int8_t* w[2];                               // rows beyond the end are computed and dropped
+  const int8_t* w[2];                               // rows past the end are computed and dropped
   BNB_UNROLL
   for (int h = 0; h < 2; ++h) w[h] = b + (first + g + h * 8 < e.n ? first + g + h * 8 : e.n - 1) * e.k + (left > 0 ? t * 16 : 0);
   const int8_t* x[tiles];
@@ -47,7 +47,7 @@ template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(cons
     Bits<16> left_words[kAhead][2], right_words[kAhead][tiles];
     BNB_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      const int at = base + i * kDepth, inside = at < left ? at : 0;  // beyond k some weight of the row: x is 0 there
+      const int at = base + i * kDepth, inside = at < left ? at : 0;  // past k any weight of the row: x is 0 there
       BNB_UNROLL
       for (int h = 0; h < 2; ++h) left_words[i][h] = dev::load_once<Bits<16>>(w[h] + inside);
       BNB_UNROLL

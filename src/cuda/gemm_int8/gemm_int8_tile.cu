@@ -1,10 +1,10 @@
-// Products of int8 in tiles: both operands through shared memory into tensor cores.
+// gemm_int8 in tiles: both operands through shared memory into tensor cores.
 //
-// A block makes warps_m * m_tiles * 16 rows by warps_n * n_tiles * 8 columns of y, 64 columns of k a step. Asynchronous copies fill
-// `stages` buffers; a row has 80 bytes there, so that the eight rows of a matrix lie in different banks. Rows of any length and address
-// (vectors = false) are copied byte by byte.
+// A block computes warps_m * m_tiles * 16 rows by warps_n * n_tiles * 8 columns of y, 64 columns of k per step. Asynchronous copies fill
+// `stages` buffers, whose rows are padded to 80 bytes so that the eight rows of a matrix are in different banks. Rows of any length and
+// address (vectors = false) are copied byte by byte.
 //
-// Reads a once for each block of columns and W once for each block of rows. Lower bound: 2 m n k operations of the tensor cores.
+// Reads a once per block of columns and W once per block of rows. Lower bound: 2 m n k operations of the tensor cores.
 #include <algorithm>
 
 #include "cuda/device/cost.h"
@@ -40,7 +40,7 @@ template <Config c> BNB_KERNEL(c.threads(), c.per_sm) multiply_tile(const int8_t
   const int64_t first_row = dev::block().x % row_blocks * kRows, first_column = dev::block().x / row_blocks * kColumns;
   const int k = static_cast<int>(e.k), steps = (k + kDepth - 1) / kDepth;
 
-  // 16 bytes of a row a copy; zeros behind the ends.
+  // 16 bytes of a row per copy; zeros past the ends.
   const int copy_row = static_cast<int>(dev::thread()) / 4, copy_column = static_cast<int>(dev::thread()) % 4 * 16;
   const auto copy_rows = [&](const int8_t* from, int count, int64_t rows_left, int step, uint8_t* to) {
     const int column = step * kDepth + copy_column;
@@ -135,7 +135,7 @@ void offer(const ProductInt8& p, const dev::Device& device, std::vector<Plan>& p
   for (size_t i = 0; i < std::size(kConfigs); ++i) {
     const Config& c = kConfigs[i];
     if (c.vectors != vectors || c.shared(p.to.may_have_outliers) > device.shared_bytes) continue;
-    // A step: products, twice as fast as those of 16 bits, and bytes from the cache.
+    // A step: products, twice as fast as those of 16 bits, and bytes from L2.
     const double tiles = static_cast<double>(ceil_div(ceil_div(p.to.m, c.rows()) * ceil_div(p.to.n, c.columns()), device.sms));
     const double products = c.rows() * c.columns() * kDepth / (2 * rates.mma), bytes = (c.rows() + c.columns()) * kDepth / rates.l2_bytes;
     const double step = std::max(kShortestStepClocks, tiles * kTileOverhead * std::max(products, bytes));

@@ -1,9 +1,9 @@
 // int8 codes of rows and of columns, and back; docs/NUMERICS.md has the rules.
 //
-// Rows: a block takes one, reads it once and keeps it in registers between the maximum and the codes (up to 64 KiB; what is
-// longer is read again from the cache). Outlier columns are bits that blocks set in common words; a second kernel clears the
-// codes of those columns, where there are any. Moves sizeof(T) + 1 bytes an element; lower bound: those at the bandwidth of a copy.
-// Columns: two passes, 2 sizeof(T) + 1 bytes an element. Back: 1 + sizeof(T) bytes an element.
+// Rows: one per block, read once and kept in registers between the maximum and the codes (up to 64 KiB; longer rows are read again from the
+// cache). Outlier columns are bits that blocks set in shared words; a second kernel clears the codes of those columns, if there are any.
+// Moves sizeof(T) + 1 bytes per element; lower bound: those at copy bandwidth.
+// Columns: two passes, 2 sizeof(T) + 1 bytes per element. Dequantization: 1 + sizeof(T) bytes per element.
 #include <algorithm>
 #include <bit>
 
@@ -17,16 +17,16 @@ namespace gemm {
 namespace {
 
 constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
-constexpr uint32_t kNoLimit = 0x80000000;  // above all, NaN included
+constexpr uint32_t kNoLimit = 0x80000000;  // above all bits of |x|, NaN included
 
-// An outlier's |x| as an integer is from `limit` to infinity.
+// Outliers: limit <= |x| <= infinity, compared as bits.
 uint32_t limit_of(float threshold) { return threshold > 0 ? std::bit_cast<uint32_t>(threshold) : kNoLimit; }
 BNB_DEVICE bool is_outlier(float x, uint32_t limit) {
   const uint32_t magnitude = dev::float_bits(x) & 0x7fffffff;
   return magnitude >= limit && magnitude <= kInfinity;
 }
 
-// What turns x into x * (127 * (1 / scale)): x * first * second. Zeros where there are no codes to be had.
+// x * (127 * (1 / scale)) as x * first * second. second is 0 where all codes are 0.
 struct Factors {
   float first = 1, second = 0;
   BNB_DEVICE explicit Factors(float scale) {
@@ -45,7 +45,7 @@ template <int n> BNB_DEVICE Bits<n> pack_codes(const uint32_t (&q)[n]) {
   return packed;
 }
 
-// The largest |x| of a unit, as bits of fp32.
+// The largest |x| of a unit, as fp32 bits.
 template <class T> BNB_DEVICE uint32_t largest_of(const Bits<16>& raw) {
   constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffff : 0x7fff7fff;
   uint32_t m = raw.word[0] & kMagnitude;
@@ -60,7 +60,7 @@ template <class T> BNB_DEVICE uint32_t largest_of(const Bits<16>& raw) {
   }
 }
 
-// A row as units of 16 bytes of x, `vectors`: at aligned addresses.
+// A row of x in units of 16 bytes. `vectors`: at aligned addresses.
 template <class T> struct Row {
   const uint8_t* x;
   int64_t columns, units;
@@ -70,24 +70,24 @@ template <class T> struct Row {
         columns(columns),
         units((columns + kPerUnit<T> - 1) / kPerUnit<T>),
         vectors(vectors) {}
-  // Zeros behind the end.
+  // Zeros past the end.
   BNB_DEVICE Bits<16> load(int64_t unit) const {
     if (!vectors) return load_bytes<Bits<16>>(x, unit * 16, columns * static_cast<int64_t>(sizeof(T)));
     return unit < units ? dev::load_const<Bits<16>>(x + unit * 16) : Bits<16>{};
   }
 };
 
-// Up to so much of x each block reads all of it, from the cache, in less time than two more launches take.
+// Up to this size of x, each block reading all of x from the cache is faster than two more launches.
 constexpr int64_t kTogetherBytes = int64_t{128} << 10;
 
-// Threads of a block for rows of so many units: four units each.
+// Threads per block for rows of so many units: four units each.
 constexpr int64_t kMostThreads = 1024;
 uint32_t threads_for(int64_t units) {
   return static_cast<uint32_t>(std::clamp<int64_t>(ceil_div(units, kUnits * dev::kWarp), 1, kMostThreads / dev::kWarp) * dev::kWarp);
 }
 
-// `outliers`: 32 columns a word, null without a limit. Blocks set bits of words that are zero before; what is an outlier itself gets code
-// 0. `together`, for few rows: each block looks at all rows for outliers, so that it knows their columns without another kernel.
+// `outliers`: one bit per column, null without a limit. Blocks set bits of words zeroed before; an outlier itself gets code 0. `together`,
+// for few rows: each block searches all rows for outliers, so that it knows their columns without another kernel.
 template <class T, bool together>
 BNB_KERNEL(1024, 1)
 quantize_rows_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool vectors, uint32_t limit, uint8_t* codes, float* scale,
@@ -217,7 +217,7 @@ BNB_KERNEL(256, 4) clear_columns(uint8_t* codes, int64_t rows, int64_t columns, 
   }
 }
 
-// ---- columns: a lane has the columns of a unit, the warps of a block take its rows in turn
+// ---- columns: a lane has the columns of a unit, its rows are dealt to the warps of a block
 constexpr int kColumnWarps = 8, kColumnThreads = kColumnWarps * static_cast<int>(dev::kWarp);
 
 template <class T> struct Stripe {
@@ -232,7 +232,7 @@ template <class T> BNB_DEVICE Stripe<T> stripe(int64_t rows, int64_t groups, int
   return {(group * dev::kWarp + dev::lane()) * kPerUnit<T>, begin + dev::warp(), end < rows ? end : rows};
 }
 
-// scale: zeros before; bits of the maximum after.
+// scale: zeros at first, then the bits of the maximum.
 template <class T>
 BNB_KERNEL(kColumnThreads, 4)
 largest_of_columns(const uint8_t* x, int64_t rows, int64_t columns, bool vectors, uint32_t limit, int64_t groups, int64_t rows_of_part,
@@ -289,7 +289,7 @@ quantize_columns_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool ve
   });
 }
 
-// ---- back
+// ---- dequantization
 template <class T>
 BNB_KERNEL(1024, 1)
 dequantize_rows(const uint8_t* codes, const float* scale, int64_t rows, int64_t columns, bool vectors, uint8_t* out) {
@@ -320,7 +320,7 @@ dequantize_rows(const uint8_t* codes, const float* scale, int64_t rows, int64_t 
   }
 }
 
-// A grid for so many blocks of work, which go on with further ones.
+// Blocks of a grid for so many units of work, over which they loop.
 uint32_t blocks_for(int64_t work, int64_t per_sm = int64_t{1} << 20) {
   return static_cast<uint32_t>(std::min<int64_t>({work, per_sm * dev::device().sms, INT32_MAX}));
 }

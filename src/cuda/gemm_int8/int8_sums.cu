@@ -1,7 +1,7 @@
-// What is left of int8 products whose sums are made elsewhere: int32 sums to y, and the outlier columns of x by themselves.
+// The epilogue of gemm_int8 for sums that are already in memory, and the outlier columns of x gathered.
 //
-// Sums: reads 4 and writes sizeof(T) bytes an element, each once. Columns: sizeof(T) bytes an element of them both ways. Lower bound: those
-// bytes at the bandwidth of a copy.
+// Sums: reads 4 and writes sizeof(T) bytes per element, each once. Columns: reads and writes sizeof(T) bytes per element. Lower bound:
+// those bytes at copy bandwidth.
 #include <algorithm>
 
 #include "common/arguments.h"

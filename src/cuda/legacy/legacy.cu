@@ -115,7 +115,7 @@ struct AddProduct {
   }
 };
 
-// ---- one number of all
+// ---- reductions
 
 BNB_KERNEL(kThreads, 8) largest(const float* x, int64_t n, uint32_t* to) {
   uint32_t most = 0;
@@ -159,7 +159,7 @@ BNB_KERNEL(kThreads, 4) encode_with(const float* x, const float* absmax, const f
   for (int64_t i = first_index(); i < n; i += index_step()) codes[i] = static_cast<uint8_t>(lane.search(dev::mul(x[i], inverse)));
 }
 
-// A lane takes 8 codes a turn. `vectors`: rows are whole groups of 8, codes and x are aligned for them.
+// A lane takes 8 codes per iteration. `vectors`: rows are whole groups of 8, and codes are aligned for them.
 template <class T> BNB_KERNEL(kThreads, 4) gemv(const Gemv d, int log2_blocksize, bool vectors) {
   constexpr int kPer = 8;
   constexpr int64_t kTurn = kPer * dev::kWarp;

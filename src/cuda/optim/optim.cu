@@ -1,8 +1,8 @@
-// The optimizers' step: tables of the call's tensors made on the device, trust ratios, launches.
+// optimizer_step: tables of the call's tensors made on the device, trust ratios, launches.
 //
-// Nothing is copied from the host: what it knows of the tensors are the parameters of a kernel, kTensors at once, which puts it into the
-// workspace with the numbers of each tensor's step. So a call of up to 2 kTensors tensors takes two launches for the tables and one for
-// each width of states; trust ratios take one more for each width and one.
+// Nothing is copied from the host: the tensors' arguments are the parameters of a kernel, kTensors per launch, which writes them to the
+// workspace with each tensor's hyperparameters of the step. So a call of up to 2 kTensors tensors takes two launches for the tables and one
+// per width of states; trust ratios take one more per width and one.
 #include <cmath>
 #include <vector>
 
@@ -23,12 +23,12 @@ struct TensorBatch {
   int64_t *first_chunk, *first_piece;
   int64_t* clock;
   uint32_t count;
-  bool last;  // of the call: its clock goes on
+  bool last;  // of the call: increments the clock
   TensorArgs given[kTensors];
 };
 static_assert(sizeof(TensorBatch) <= 32764, "the parameters of a kernel from sm_70 on");
 
-// A map's thresholds and buckets.
+// Thresholds and buckets of a map of codes.
 BNB_DEVICE void set_map(const float* code, CodeMap& map) {
   auto& s = dev::shared<Tables8>();
   const Lane8 lane = prepare8(s, code, true);
@@ -62,7 +62,7 @@ BNB_KERNEL(kTensors, 1) set_tables(const TensorBatch b) {
   if (i == 0) *b.clock = passed + 1;
 }
 
-// A block of threads takes a tensor.
+// One tensor per thread block.
 BNB_KERNEL(kMostPieces, 8) set_step_sizes(TensorState* tensor_states, int64_t count, const Sums* sums, double max_unorm) {
   auto& s = dev::shared<double[2][kMostPieces]>();
   for (int64_t i = dev::block().x; i < count; i += dev::grid().x) {
@@ -84,10 +84,10 @@ BNB_KERNEL(kMostPieces, 8) set_step_sizes(TensorState* tensor_states, int64_t co
   }
 }
 
-// What a call does, and where its tables lie in the workspace.
+// What a call does, and its layout of the workspace.
 struct StepPlan {
   std::vector<TensorArgs> tensors;         // those with states of 32 bits first
-  int64_t plain = 0;                       // how many these are
+  int64_t plain = 0;                       // how many of them
   int64_t chunks[3] = {}, pieces[3] = {};  // [0, 1) of 32 bits, [1, 2) of 8 bits
   int64_t maps = 0, tensor_states = 0, first_chunk = 0, first_piece = 0, sums = 0, bytes = 0;
 

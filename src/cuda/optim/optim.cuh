@@ -1,4 +1,4 @@
-// The optimizers' kernels: what they know of tensors, and blocks of 256 elements in the registers of a warp.
+// What the optimizers' kernels share: tensors, and blocks of 256 elements in the registers of a warp.
 #pragma once
 
 #include "common/optim_rules.h"
@@ -15,20 +15,20 @@ inline constexpr int kBlock = static_cast<int>(kOptimizerBlock), kPer = 4, kRows
 inline constexpr int64_t kChunk = 32;   // blocks that thread blocks take at once in a step
 inline constexpr int64_t kMostPieces = 128, kLeastPiece = 64;  // of sums of squares, as on the CPU (src/cpu/optim.cpp)
 
-// A tensor as the host gives it.
+// A tensor, from the host.
 struct TensorArgs {
   uint8_t* p;
   const uint8_t* g;
   uint8_t *state1, *state2;  // fp32 or codes
   float *absmax1, *absmax2, *u_norm;
   int64_t n, step, offset;
-  int64_t first_chunk, first_piece;  // in the rows of chunks and of pieces of all tensors
-  float gnorm_scale, p_norm;         // p_norm below 0: that of the tensor
+  int64_t first_chunk, first_piece;  // this tensor's first in the sequence over all tensors
+  float gnorm_scale, p_norm;         // p_norm < 0: computed from p
   DType p_type, g_type;
-  bool vectors;  // all is aligned for whole units
+  bool vectors;  // all pointers are aligned for vector accesses
 
   BNB_HD int64_t blocks() const { return ceil_div(n, kBlock); }
-  BNB_HD int64_t piece() const {  // blocks of a sum
+  BNB_HD int64_t piece() const {  // blocks per piece
     const int64_t even = ceil_div(blocks(), kMostPieces);
     return even > kLeastPiece ? even : kLeastPiece;
   }
@@ -44,8 +44,8 @@ struct alignas(16) CodeMap {
   float value[256], threshold[256];
   uint8_t first[Lane8::kBuckets];
   int32_t by_bucket;
-  // Codes that numbers below 0 and above 0 do not get where they are kept apart from it (Encoder8): the first whose value is not
-  // below 0, if there are some below; the last whose value is not above 0, if there are some above. Else -1.
+  // Numbers below and above 0 must not round to 0 (Encoder8). Codes that they do not get: the first whose value is not below 0, if there
+  // are values below; the last whose value is not above 0, if there are values above. Else -1.
   int32_t not_negative, not_positive;
 };
 
@@ -56,13 +56,13 @@ struct Sums {
 // One launch over chunks or pieces [begin, end) of tensors whose states are all of 32 or all of 8 bits.
 struct LaunchArgs {
   TensorState* tensor_states;
-  const int64_t* first;  // of each tensor in the row of chunks or pieces
+  const int64_t* first;  // first chunk or piece of each tensor
   int64_t count, begin, end;
   const CodeMap* maps;
   Sums* sums;
   uint64_t seed;
   bool stochastic;
-  int copies;  // of thresholds in shared memory, as a power of two
+  int copies;  // log2 of the copies of thresholds in shared memory
 };
 void launch_step(Optimizer, bool coded, LaunchArgs, dev::Launch);
 void launch_norms(Optimizer, bool coded, const LaunchArgs&, dev::Launch);
@@ -83,7 +83,7 @@ struct Math {
   BNB_DEVICE static float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
 };
 
-// The tensor that has place `at` of a row: the last one that begins there or before. All lanes of a warp look together.
+// The tensor of chunk or piece `at`: the last one whose first is not above it. All lanes of a warp search together.
 BNB_DEVICE int64_t find_tensor(const int64_t* first, int64_t count, int64_t at) {
   int64_t low = 0, high = count;
   while (high - low > 1) {
@@ -95,7 +95,7 @@ BNB_DEVICE int64_t find_tensor(const int64_t* first, int64_t count, int64_t at) 
   return low;
 }
 
-// Elements [at, at + 4) as they lie: 16 bytes, or 8 of 16-bit types.
+// Elements [at, at + 4) as stored: 16 bytes, or 8 for 16-bit types.
 BNB_DEVICE Bits<16> load_four(const uint8_t* from, DType type, int64_t at) {
   if (type == DType::f32) return dev::load<Bits<16>>(from + at * 4);
   const auto half = dev::load<Bits<8>>(from + at * 2);
@@ -112,7 +112,7 @@ BNB_DEVICE void widen(const Bits<16>& raw, DType type, float* x) {
   }
 }
 
-// Where a tensor's states are, and what the rule does to an element.
+// Where a tensor's states are, and the rule applied to an element.
 template <class Rule, bool coded> struct States {
   static constexpr int kMaps = Rule::second_moment < 0 ? 1 : 2;
   BNB_DEVICE static constexpr int map_of(int k) { return k == Rule::second_moment ? 1 : 0; }
@@ -123,7 +123,7 @@ template <class Rule, bool coded> struct States {
     return (k == Rule::second_moment ? e.absmax2 : e.absmax1 + k * e.blocks()) + block;
   }
 
-  // Moves the states and gives u, or says that the element is passed over.
+  // Updates the states and gives u; false if the element is skipped.
   BNB_DEVICE static bool update(const Hyper& h, float p, float g, float (&s)[Rule::states], float& u) {
     const float raw = dev::mul(g, h.gnorm_scale), gradient = dev::fma(p, h.coupled, raw);
     if (!finite(Rule::squares ? dev::mul(gradient, gradient) : gradient) || (h.skip_zeros && raw == 0)) return false;
@@ -152,14 +152,14 @@ template <class Rule, bool coded> struct ElementStep {
     updated = S::update(e.hyper, p, value_at(e.g, e.g_type, i), s, u);
   }
 };
-// Calls f(element) for those of a block that are a lane's.
+// Calls f(element) for a lane's elements of a block.
 template <class F> BNB_DEVICE void for_lane(const TensorState& e, int64_t block, F&& f) {
   const int64_t end = (block + 1) * kBlock < e.n ? (block + 1) * kBlock : e.n;
   BNB_KEEP_LOOP
   for (int64_t i = block * kBlock + dev::lane(); i < end; i += dev::kWarp) f(i);
 }
 
-// A whole block with vectors: what a lane has of p, g and the states, in fp32.
+// A whole, aligned block: a lane's elements of p, g and the states, in fp32.
 template <class Rule, bool coded> struct BlockRegisters {
   using S = States<Rule, coded>;
   float p[kPerLane], g[kPerLane], s[Rule::states][kPerLane];
@@ -210,8 +210,8 @@ template <class Rule, bool coded> struct BlockRegisters {
   }
 };
 
-// Calls f(entry, place, first block, last block + 1) for what this thread block has of the row. `length(entry)`: blocks of a chunk or
-// piece. Each warp has its copy of the entry, in shared memory: in registers it would leave little room for elements.
+// Calls f(tensor, chunk or piece, first block, last block + 1) for this thread block's share of the work. `length(tensor)`: blocks per
+// chunk or piece. Each warp has a copy of the tensor's state in shared memory: in registers it would leave little room for elements.
 template <class Length, class F> BNB_DEVICE void for_work(const LaunchArgs& args, TensorState* tensor_states, Length&& length, F&& f) {
   TensorState& e = tensor_states[dev::warp()];
   int64_t held = -1;

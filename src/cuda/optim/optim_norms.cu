@@ -1,7 +1,7 @@
-// Sums of the squares of p and u, for the trust ratio: every number is added in the order of the CPU (cpu/optim.cpp), so their bytes agree.
-// Of a block of 256 eight sums over every eighth element, these in pairs; blocks of a piece in order; pieces in order (optim.cu).
+// Sums of squares of p and u, for the trust ratio, added in the CPU's order (cpu/optim.cpp), so that the bytes agree. Per block of 256,
+// eight sums over every eighth element, then in pairs; blocks of a piece in order; pieces in order (optim.cu).
 //
-// Reads p, g and the states once: sizeof(P) + sizeof(G) + 4 or 1 byte a state. Lower bound: those at the bandwidth of a copy.
+// Reads p, g and the states once: sizeof(P) + sizeof(G) + 4 or 1 bytes per state. Lower bound: those at copy bandwidth.
 #include "cuda/optim/optim.cuh"
 
 namespace bnb::cuda::optim {
@@ -12,8 +12,8 @@ constexpr unsigned kThreads = 256, kWarps = kThreads / dev::kWarp;
 struct Shared {
   TensorState tensor_states[kWarps];
   float value[2][256];
-  float x[kWarps][2][kBlock + 8];  // p and u of a warp's block; 8 more, so that the 16 lanes that add meet in no bank
-  double sums[2][kWarps][2];       // of blocks; alternate between rounds
+  float x[kWarps][2][kBlock + 8];  // p and u of a warp's block; padded so that the 16 lanes that add have no bank conflicts
+  double sums[2][kWarps][2];       // per block; alternate between rounds
 };
 
 template <class Rule, bool coded> BNB_DEVICE void stage_block(const TensorState& e, int64_t block, Shared& s) {
@@ -49,7 +49,7 @@ template <class Rule, bool coded> BNB_DEVICE void stage_rest(const TensorState& 
   });
 }
 
-// In lane 0 and lane 8: of p and of u.
+// Valid in lane 0 (p) and lane 8 (u).
 BNB_DEVICE double squares(const Shared& s) {
   const unsigned which = dev::lane() / 8 & 1, first = dev::lane() % 8;
   double sum = 0;

@@ -1,8 +1,8 @@
-// One step over all tensors of a call, in one launch for states of 32 bits and one for states of 8; the rules from common/optim_rules.h.
+// One step over all tensors of a call, in one launch for 32-bit states and one for 8-bit states; the rules are in common/optim_rules.h.
 //
-// A warp takes a block of 256 elements: p, g and states once through registers, codes of 8 bits by the absmax that the warp finds between
-// the rule and the encoder. Bytes an element, each moved once: 2 sizeof(P) + sizeof(G) + 8 states (32 bits) or + 2 states (8 bits; and 8
-// states a block). Lower bound: those at the bandwidth of a copy. Adam with bf16: 22 and 10 bytes. 8 elements a lane are in flight.
+// A warp takes a block of 256 elements: p, g and states pass through registers once; 8-bit codes use the absmax that the warp computes
+// between the rule and the encoder. Bytes per element: 2 sizeof(P) + sizeof(G) + 8 states (32 bits) or + 2 states (8 bits; and 8 states per
+// block). Lower bound: those at copy bandwidth. Adam with bf16: 22 and 10 bytes. 8 elements per lane are in flight.
 #include "cuda/optim/optim.cuh"
 
 namespace bnb::cuda::optim {
@@ -14,14 +14,14 @@ template <class Rule, bool coded> inline constexpr int kPerSm = coded ? (Rule::s
 template <class Rule, bool coded> struct Shared {
   TensorState tensor_states[kThreads<coded> / dev::kWarp];
 };
-// Thresholds lie in 2^copies copies, so that lanes meet in few banks; the first code of each bucket, and values, once.
+// Thresholds are replicated 2^copies times against bank conflicts; values and the first code of each bucket are not.
 template <class Rule> struct Shared<Rule, true> {
   static constexpr int kMaps = States<Rule, true>::kMaps;
   TensorState tensor_states[kThreads<true> / dev::kWarp];
   float value[kMaps][256];
   uint8_t first[kMaps][Lane8::kBuckets];
   int32_t by_bucket[kMaps], not_negative[kMaps], not_positive[kMaps];
-  float threshold[kMaps][256];  // if there is one copy
+  float threshold[kMaps][256];  // of one copy; more follow
 
   BNB_DEVICE const float* thresholds(const LaunchArgs& args, int m) const { return &threshold[0][0] + (m * 256 << args.copies); }
 
@@ -67,7 +67,7 @@ template <class Rule> BNB_DEVICE void prepare(const LaunchArgs& args, Shared<Rul
   dev::barrier();
 }
 
-// A parameter at any address. `place`: its own in the whole parameter.
+// A parameter at any address. `place`: its index in the whole parameter.
 template <class T> BNB_DEVICE T round_one(float p, const LaunchArgs& args, int64_t place, int64_t step) {
   if (!args.stochastic) return rounded<T>(p);
   const Random4 random = random_of(args.seed, place / 4, step);
@@ -81,7 +81,7 @@ BNB_DEVICE void store_one(const TensorState& e, const LaunchArgs& args, int64_t 
   store_bytes(e.p, i * 2, (i + 1) * 2, Bits<2>{{y}});
 }
 
-// Four parameters, likewise.
+// The same for four parameters.
 template <class T> BNB_DEVICE Bits<8> round_four(const float* p, const LaunchArgs& args, int64_t place, int64_t step) {
   if (!args.stochastic) return {{dev::pack<T>(p[0], p[1]), dev::pack<T>(p[2], p[3])}};
   uint32_t random[8] = {};
@@ -109,7 +109,7 @@ BNB_DEVICE void store_four(const TensorState& e, const LaunchArgs& args, int64_t
                                                     : round_four<BFloat16>(p, args, e.offset + at, e.step));
 }
 
-// absmax of a block from the largest magnitude of each lane, as bits.
+// absmax of a block from the bits of the largest magnitude per lane.
 BNB_DEVICE float absmax_of(uint32_t largest) {
   BNB_UNROLL
   for (unsigned by = 1; by < dev::kWarp; by *= 2) {
@@ -157,7 +157,7 @@ BNB_DEVICE void step_block(const TensorState& e, const LaunchArgs& args, const S
   }
 }
 
-// A block that is not whole, or not aligned. With codes twice, as an absmax comes before all of its codes.
+// A block that is not whole, or not aligned. 8-bit states take two passes, since absmax is needed before any code.
 template <class Rule, bool coded>
 BNB_DEVICE void step_rest(const TensorState& e, const LaunchArgs& args, const Shared<Rule, coded>& s, int64_t block) {
   using S = States<Rule, coded>;
@@ -212,7 +212,7 @@ template <class Rule, bool coded> void launch(LaunchArgs args, dev::Launch l) {
   const auto& device = dev::device();
   l.shared = sizeof(Shared<Rule, coded>);
   if constexpr (coded) {
-    args.copies = kCopies;  // or as many as let two blocks share a multiprocessor
+    args.copies = kCopies;  // fewer if two blocks would not fit a multiprocessor
     while (args.copies > 0 && 2 * (shared_bytes<Rule>(args.copies) + 1024) > device.shared_per_sm) --args.copies;
     l.shared = shared_bytes<Rule>(args.copies);
   }
