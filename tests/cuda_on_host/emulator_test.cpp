@@ -345,7 +345,7 @@ TEST(CudaOnHost, IllegalLaunchesAreNamed) {
   };
   const std::string device = " on this device (sm_" + std::to_string(dev::device().arch) + ")",
                     start = "gemm_4bit: bf16 3 x 4096 x 64: launch with ";
-  EXPECT_EQ(text({.grid = {1}, .threads = 1025}), start + "1025 threads a block, expected 1 to 1024" + device);
+  EXPECT_EQ(text({.grid = {1}, .threads = 1025}), start + "1025 threads per block, expected 1 to 1024" + device);
   EXPECT_EQ(text({.grid = {0}, .threads = 32}), start + "0 blocks, expected 1 to 2147483647" + device);
   EXPECT_EQ(text({.grid = {1, 65536}, .threads = 32}), start + "65536 rows of blocks, expected 1 to 65535" + device);
   EXPECT_EQ(text({.grid = {1, 1, 65536}, .threads = 32}), start + "65536 layers of blocks, expected 1 to 65535" + device);

@@ -277,7 +277,7 @@ TEST(CudaGemmPlans, SayWhatTheyAre) {
   Problem<BFloat16> problem(w, a, 1);
   const auto text = cuda::describe_gemm_4bit(problem.call());
   EXPECT_EQ(text.rfind("gemm_4bit bf16 1 x 4096 x 4096: ", 0), 0u) << text;
-  EXPECT_NE(text.find(cuda::dev::device().arch >= 80 ? ": rows, 4 rows a pass, scales of 64, loads of 16 bytes" : ": fma, "),
+  EXPECT_NE(text.find(cuda::dev::device().arch >= 80 ? ": rows, 4 rows per pass, scales of 64, loads of 16 bytes" : ": fma, "),
             std::string::npos)
       << text;
   EXPECT_EQ(cuda::gemm_4bit_workspace(problem.call()), 0);

@@ -237,7 +237,7 @@ TEST(CudaInt8Plans, SayWhatTheyAre) {
   const auto text = [&](int64_t m, int64_t n, int64_t k) {
     return cuda::describe_gemm_int8({.m = m, .n = n, .k = k, .a = a, .b = b, .sums = sums});
   };
-  EXPECT_EQ(text(1, 64, 4096).rfind("gemm_int8 1 x 64 x 4096: rows, 8 rows, 16 columns a block, about ", 0), 0u) << text(1, 64, 4096);
+  EXPECT_EQ(text(1, 64, 4096).rfind("gemm_int8 1 x 64 x 4096: rows, 8 rows, 16 columns per block, about ", 0), 0u) << text(1, 64, 4096);
   EXPECT_NE(text(2, 64, 4095).find("any alignment"), std::string::npos) << text(2, 64, 4095);
   EXPECT_NE(text(64, 16, 1024).find(": tile, "), std::string::npos) << text(64, 16, 1024);
   EXPECT_EQ(text(0, 64, 4096), "gemm_int8: nothing to do");

@@ -23,7 +23,7 @@ void check_launch(const Launch& l, const Device& device) {
   limit("blocks", l.grid.x, 1, 0x7fffffff);
   limit("rows of blocks", l.grid.y, 1, 65535);
   limit("layers of blocks", l.grid.z, 1, 65535);
-  limit("threads a block", l.threads, 1, 1024);
+  limit("threads per block", l.threads, 1, 1024);
   limit("bytes of shared memory", l.shared, 0, device.shared_bytes);
 }
 

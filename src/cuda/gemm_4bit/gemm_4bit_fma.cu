@@ -106,7 +106,7 @@ multiply(Weight4bit w, const T* a, int64_t m, Epilogue4bit epilogue, bool words)
 
 constexpr int kRowsOf[] = {1, 4};  // rows of a at once
 std::string describe_config(const Plan& p) {
-  return std::to_string(kRowsOf[p.config]) + " rows by " + std::to_string(kColumns) + " columns a warp";
+  return std::to_string(kRowsOf[p.config]) + " rows by " + std::to_string(kColumns) + " columns per warp";
 }
 
 void offer(const Gemm4bit& d, const dev::Device& device, std::vector<Plan>& plans) {

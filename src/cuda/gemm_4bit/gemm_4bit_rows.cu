@@ -289,7 +289,7 @@ constexpr int64_t kMostRows = 128;  // in passes of 32;
 
 std::string describe_config(const Plan& p) {
   const Config& c = kConfigs[p.config];
-  return std::to_string(c.rows()) + " rows a pass, scales of " + std::to_string(c.granule) + ", loads of " +
+  return std::to_string(c.rows()) + " rows per pass, scales of " + std::to_string(c.granule) + ", loads of " +
          std::to_string(c.granule * c.halves / 8) + " bytes";
 }
 

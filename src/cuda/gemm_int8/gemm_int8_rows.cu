@@ -79,7 +79,7 @@ template <int tiles> BNB_KERNEL(kThreads, tiles == 1 ? 3 : 2) multiply_rows(cons
 }
 
 std::string describe_config(const Plan& plan) {
-  return std::to_string(kConfigs[plan.config].rows()) + " rows, " + std::to_string(kColumns) + " columns a block";
+  return std::to_string(kConfigs[plan.config].rows()) + " rows, " + std::to_string(kColumns) + " columns per block";
 }
 
 void offer(const ProductInt8& p, const dev::Device& device, std::vector<Plan>& plans) {
