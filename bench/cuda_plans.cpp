@@ -1,12 +1,12 @@
-// Every way to do a product on this GPU: one line of JSON for each plan of each case, written at once. Whether it agrees with the plainest
-// plan, how long it takes, and what the cost model had expected, so that the model can be fitted. Exits with 1 if a plan is wrong.
+// Every plan of every product on this GPU: one line of JSON per plan and case, flushed at once. Whether it agrees with the plainest plan,
+// how long it takes, and what the cost model expected, so that the model can be fitted. Exits with 1 if a plan is wrong.
 //
 //   bnb_cuda_plans                             the shapes of bench/gpu_cases.py
-//   bnb_cuda_plans --check                     small ones of all kinds, not timed: for compute-sanitizer
+//   bnb_cuda_plans --check                     small shapes of all kinds, not timed: for compute-sanitizer
 //   bnb_cuda_plans --shapes 4096x4096,64x96 --rows 1,8,128 --types bf16,f32,int8 --plan "rows, 16"
-//                                              these, and of the plans the plainest and those whose text has that in it: for a profiler
+//                                              these shapes; the plainest plan and those whose text contains that: for a profiler
 //
-// Times are the median of 20 samples from events, each of calls on several sets of tensors in turn that together exceed the cache.
+// Times: the median of 20 samples by events. A sample is one call on each of several sets of tensors, which together exceed the cache.
 #include <bnb/cuda.h>
 #include <bnb/error.h>
 
@@ -98,7 +98,7 @@ struct Random {
 struct Case {
   int64_t m, n, k;
   DType type;
-  bool int8 = false;  // gemm_int8 with its result in `type`; else gemm_4bit of `type`
+  bool int8 = false;  // gemm_int8 with output of `type`; else gemm_4bit of `type`
 };
 
 std::string name_of(const Case& c) {
@@ -122,7 +122,7 @@ std::string text_of(const std::string& description) {
 int wrong = 0;
 std::string wanted;  // part of the text of a plan
 
-// The first candidate is the plainest: the others are held against it.
+// The first candidate is the plainest: the others are compared with it.
 template <class T> void measure(const Case& c, const std::vector<Candidate>& all, const std::vector<Memory>& outputs, double limit) {
   const auto size = static_cast<size_t>(c.m * c.n);
   std::vector<T> plain(size), y(size);
@@ -155,7 +155,7 @@ template <class T> void measure(const Case& c, const std::vector<Candidate>& all
           samples.push_back(milliseconds([&] {
             for (size_t set = 0; set < outputs.size(); ++set) one.run(set);
           }));
-        std::sort(samples.begin() + 1, samples.end());  // the first brings clocks up
+        std::sort(samples.begin() + 1, samples.end());  // the first is the warm-up
         tail += ", \"us\": " + std::to_string(samples[samples.size() / 2] * 1e3 / static_cast<double>(outputs.size()));
       }
     } catch (const Error& e) {

@@ -1,4 +1,4 @@
-// What the CPU's tests leave open: bytes of NaN and infinity, which must be those of the CPU, large inputs, and wrong arguments.
+// What the CPU's tests do not cover: the bytes of NaN and infinity, which must be those of the CPU, and large inputs.
 #include <bnb/cuda.h>
 #include <gtest/gtest.h>
 
@@ -14,7 +14,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 template <class T> class AgainstCpu : public ::testing::Test {};
 TYPED_TEST_SUITE(AgainstCpu, AllTypes, TypeNames);
 
-// Numbers of all kinds, NaN and infinity among them so that most blocks have none.
+// Numbers of all kinds, with NaN and infinity in few of the blocks.
 template <class T> std::vector<T> wild(uint64_t seed, int64_t n) {
   auto x = waves<T>(seed, n);
   for (size_t i = 0; i < x.size(); ++i) {
@@ -56,7 +56,7 @@ TYPED_TEST(AgainstCpu, QuantizesWildNumbers) {
     }
 }
 
-// The bytes of NaN too: signs and payloads that the device's own arithmetic drops.
+// Including the bytes of NaN: signs and payloads that the device's arithmetic drops.
 TYPED_TEST(AgainstCpu, DequantizesWildAbsmax) {
   std::vector<float> absmax = {0, -0.0f, 1, kInf, -kInf, 0x1p-149f, 3.4e38f, 65520, NAN, -NAN, -1, 1e-40f};
   for (const uint32_t nan : {0x7fc00000u, 0xffc00000u, 0x7fc12345u, 0xff800001u, 0x7fffffffu, 0x7f801fffu})

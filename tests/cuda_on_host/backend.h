@@ -1,5 +1,5 @@
-// Lets the tests of the CPU's kernels (tests/cpu) run the CUDA kernels on the host: hides the operations of the CPU from namespace
-// bnb::test. What they do for each instruction set they do here for each order of threads.
+// Makes the tests of the CPU's kernels (tests/cpu) run the CUDA kernels on the host: hides the CPU's operations from namespace bnb::test.
+// What they repeat per instruction set is repeated here per order of threads.
 #pragma once
 
 #include <bnb/cuda.h>
@@ -15,7 +15,7 @@ namespace bnb::test {
 
 // Calls run(the descriptor for the device, `workspace` bytes there of 0xff, which is NaN).
 template <class D, class F> void on_device(const D& d, int64_t workspace, F&& run) {
-  constexpr size_t kAlign = 256, kLibrary = size_t{32} << 20;  // what a library may use is not worth filling
+  constexpr size_t kAlign = 256, kLibrary = size_t{32} << 20;  // cuBLASLt's part is not filled, to save time
   const auto bytes = static_cast<size_t>(workspace);
   std::vector<std::byte> memory(bytes ? bytes + kAlign : 0);
   std::byte* at = nullptr;

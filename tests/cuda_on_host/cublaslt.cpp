@@ -1,6 +1,6 @@
-// A libcublasLt.so.13 for the emulated device: the functions that cuda/device/cublaslt.cpp looks up, for row-major y = a * w^T. It takes
-// nothing for granted: sizes of attributes are those of cublasLt.h, and it only has algorithms that would add partial sums in the type of
-// y, or that need more alignment than there is, unless it is told otherwise.
+// A libcublasLt.so.13 for the emulated device: the functions that cuda/device/cublaslt.cpp looks up, for row-major y = a * w^T. It is
+// strict: sizes of attributes are those of cublasLt.h, and unless told otherwise it only has algorithms that add partial sums in the type
+// of y, or that need more alignment than there is.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -71,7 +71,7 @@ void product(const Desc& desc, const Layout& w, const Layout& a, const Layout& y
 
 extern "C" {
 
-int bnb_test_handles = 0;  // made so far
+int bnb_test_handles = 0;  // created so far
 
 int cublasLtCreate(void** to) {
   static int handle = kHandle;
@@ -156,7 +156,7 @@ int cublasLtMatmul(void* handle, void* desc, const void* alpha, const void* w, v
     const auto address = reinterpret_cast<uintptr_t>(at[i]);
     const auto told = best.alignment[i];
     if (told == 0 || address % told != 0) return kNotSupported;
-    if (told < 256 && address % (2 * told) == 0) return kInvalidValue;  // less than there is: slower algorithms
+    if (told < 256 && address % (2 * told) == 0) return kInvalidValue;  // less than the address has: slower algorithms
   }
   std::memset(workspace, 0xff, bytes);
   const auto& d = *static_cast<Desc*>(desc);

@@ -1,4 +1,4 @@
-// The host's side of the device layer for the emulated device.
+// The host's side of the device layer, for the emulated device.
 #include "cuda/device/device.cuh"
 
 #include <bnb/error.h>
@@ -9,7 +9,7 @@ namespace bnb::cuda {
 
 int device_count() { return 1; }
 
-// Memory of the host, which nothing needs to move.
+// Host memory, which needs no migration.
 void* allocate_managed(int64_t bytes) {
   if (bytes <= 0) throw Error(Errc::invalid_argument, "allocate_managed: bytes is " + std::to_string(bytes) + ", expected more than 0");
   return operator new(static_cast<size_t>(bytes));

@@ -19,7 +19,7 @@ namespace bnb::cuda::dev {
 
 using emulator::Where;
 
-// What device() returns; tests may change it between launches.
+// The result of device(); tests may change it between launches.
 extern Device emulated;
 
 inline unsigned thread() { return emulator::self.thread; }

@@ -30,7 +30,7 @@ constexpr uint32_t kLanes = 32;
 constexpr size_t kStack = BNB_ASAN ? 256 << 10 : 64 << 10, kGuard = 1024, kAlign = 128;
 constexpr std::byte kPoison{0xff}, kCanary{0xa5};
 
-// Where threads wait for each other. When the last has arrived, the generation changes and all go on.
+// Where threads wait for one another. When the last arrives, the generation changes and all continue.
 struct Gate {
   uint64_t generation = 0;
   uint32_t arrived = 0, needed = 0;
@@ -209,7 +209,7 @@ void Machine::check_canary() {
 #endif
 }
 
-// Who waits where, when nobody can go on.
+// Which threads wait where, when none can continue.
 std::string Machine::stuck() const {
   std::string result = ": divergent: ";
   const uint32_t none = self.threads;
@@ -229,7 +229,7 @@ std::string Machine::stuck() const {
   return result;
 }
 
-// Each thread that can go on does so until it next waits, or until a barrier opens. Says whether one could.
+// Runs each thread that can continue until it next waits, or until a barrier opens. Returns whether one could.
 bool Machine::run_some(std::span<const uint32_t> some) {
   bool moved = false;
   for (const uint32_t i : some) {
@@ -267,7 +267,7 @@ void Machine::run_block(std::vector<uint32_t>& turn) {
       std::shuffle(turn.begin(), turn.end(), random);
       moved = run_some(turn);
     } else {
-      // A warp runs until it can go no further; when a barrier opens, the first in turn that it lets through is first again.
+      // A warp runs until it must wait; when a barrier opens, the first warp of the order starts again.
       for (size_t begin = 0, end = 0; begin < turn.size(); begin = end) {
         while (end < turn.size() && turn[end] / kLanes == turn[begin] / kLanes) ++end;
         while (!opened && run_some(std::span(turn).subspan(begin, end - begin))) moved = true;
@@ -280,7 +280,7 @@ void Machine::run_block(std::vector<uint32_t>& turn) {
   check_canary();
 }
 
-// Waits until `needed` have arrived; the last to arrive runs act, and is told so.
+// Waits until `needed` have arrived; the last to arrive runs act and gets true.
 template <class F> bool arrive(Gate& gate, uint32_t needed, const char* what, Where where, F&& act) {
   Thread& t = current();
   if (machine.fault) throw Leave{};
@@ -306,7 +306,7 @@ template <class F> bool arrive(Gate& gate, uint32_t needed, const char* what, Wh
   return false;
 }
 
-// Whoever opens a barrier of the block is not the first to go on: the order decides.
+// The thread that opens a barrier of the block does not continue first: the order decides.
 void arrive_in_block(const char* what, Where where) {
   Gate& gate = machine.block_gate;
   const auto forget = [&] { machine.votes[(gate.generation + 1) % 2] = false; };

@@ -3,12 +3,13 @@
 //
 // What a kernel must not do ends the launch with a Fault that names kernel, block, thread and source line:
 //   - threads of a block at different barriers, or at none (left the kernel); lanes of a warp in different collectives, or in none
-//   - vector accesses, asynchronous copies and matrix rows off their alignment or outside the shared memory that they are meant for
+//   - misaligned vector accesses, asynchronous copies and matrix rows, and such accesses to shared memory outside of it
 //   - bytes written next to the block's shared memory (under AddressSanitizer: the access itself, also a read)
 // What shows as different bytes, because each launch of a test runs in all three orders (for_each_order):
-//   - a missing barrier. In order and reversed, one warp after another runs as far ahead of the others as barriers let it, so the last one
-//     lags behind all; in seeded random order all warps advance together, lane by lane
-//   - reading a copy before it was waited for (copies land as late as they may, in the reversed order at once, in random order either)
+//   - a missing barrier. In the forward and reversed orders one warp after another runs ahead as far as barriers allow, so that the last
+//   one
+//     is behind all others; in the seeded random order all warps advance together, lane by lane
+//   - reading a copy before waiting for it (copies land as late as allowed, in the reversed order at once, in the random order either way)
 //   - shared memory that was never written (it starts as NaN: bytes 0xff)
 #pragma once
 
@@ -36,7 +37,7 @@ void set_order(Order, uint64_t seed = 1);
 // Calls body in each order.
 void for_each_order(const std::function<void(Order)>& body);
 
-// Of each grid that follows only the last blocks run, so many at most: for tensors too large to be gone through.
+// From now on only the last `most` blocks of each grid run: for tensors too large to process whole.
 void run_last_blocks(uint64_t most);
 
 // What has run so far.
@@ -53,7 +54,7 @@ struct Position {
 
 // ---- for the names in device.h and ptx.h
 
-// The thread that runs.
+// The running thread.
 struct Self {
   uint32_t thread = 0, threads = 0;
   Position block{}, grid{};
@@ -70,8 +71,8 @@ std::byte* shared_memory(size_t needed, Where where);
 void check_aligned(const void* at, size_t bytes, const char* what, Where where);
 void check_shared(const void* at, size_t bytes, const char* what, Where where);  // inside, and aligned
 
-// The lanes of a warp meet: each brings `bytes` at `mine`; the last to arrive calls act(all); all get the slots of all lanes, which stay
-// until the warp meets again. `needed` lanes must exist.
+// A collective of a warp: each lane brings `bytes` at `mine`; the last to arrive calls act(all); all get the slots of all lanes, which stay
+// valid until the next collective. At least `needed` lanes must exist.
 inline constexpr size_t kSlot = 64;
 using Act = void (*)(std::byte* slots);
 std::byte* meet(const char* what, const void* mine, size_t bytes, uint32_t needed, Act act, Where where);

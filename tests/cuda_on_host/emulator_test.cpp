@@ -1,4 +1,4 @@
-// The emulator must catch what it is there to catch: kernels with one planted fault each, beside the same kernels without it.
+// The emulator must catch faults: kernels with one planted fault each, and the same kernels without it.
 #include "cuda_on_host/emulator.h"
 
 #include <bnb/error.h>
@@ -93,13 +93,13 @@ template <Plant plant> BNB_KERNEL(64, 1) rotate(float* out) {
   out[dev::thread()] = v;
 }
 
-TEST(CudaOnHost, AMissingBarrierBehindAReadShows) {
+TEST(CudaOnHost, AMissingBarrierAfterAReadShows) {
   EXPECT_TRUE(same_bytes(in_all_orders(64, planted(64, 256, 1), rotate<kNone>)));
   EXPECT_FALSE(same_bytes(in_all_orders(64, planted(64, 256, 1), rotate<kPlanted>)));
 }
 
-// One buffer where two are needed: what a warp reads behind the barrier is overwritten by one that is a round of shuffles ahead. Warps that
-// advance together never get there.
+// One buffer where two are needed: what a warp reads after the barrier is overwritten by a warp that is a round of shuffles ahead. Warps
+// that advance together do not show it.
 template <Plant plant> BNB_KERNEL(128, 1) exchange(float* out) {
   auto& s = dev::shared<float[2][4]>();
   float v = static_cast<float>(dev::thread());
@@ -122,7 +122,7 @@ TEST(CudaOnHost, AWarpThatRunsAheadShows) {
   EXPECT_NE(bad[1], good[1]) << "reversed";
 }
 
-// Blocks are independent: what depends on their order shows.
+// Blocks are independent: dependence on their order shows.
 BNB_KERNEL(32, 1) tickets(float* out) {
   if (dev::thread() == 0) out[dev::block().x + 1] = dev::atomic_add(out, 1.0f);
 }
@@ -166,7 +166,7 @@ TEST(CudaOnHost, DivergenceIsReported) {
 
 // ---- memory
 
-enum Access { kLoad, kStore, kCopyFrom, kCopyTo, kMatrixRow, kBehind, kBefore, kCopyBehind, kMatrixBehind, kTooMuch };
+enum Access { kLoad, kStore, kCopyFrom, kCopyTo, kMatrixRow, kPastEnd, kBefore, kCopyPastEnd, kMatrixPastEnd, kTooMuch };
 template <Access access> BNB_KERNEL(32, 1) touch(const std::byte* x, std::byte* y) {
   auto& s = dev::shared<std::byte[512]>();
   uint32_t r[4];
@@ -177,10 +177,10 @@ template <Access access> BNB_KERNEL(32, 1) touch(const std::byte* x, std::byte* 
   if constexpr (access == kCopyFrom) dev::copy_async<16>(s, x + (me ? 4 : 0));
   if constexpr (access == kCopyTo) dev::copy_async<4>(s + (me ? 2 : 0), x);
   if constexpr (access == kMatrixRow) dev::load_matrices(r, me ? row + 8 : row);
-  if constexpr (access == kBehind) dev::store_shared(me ? s + 512 : s, Bits<16>{});
+  if constexpr (access == kPastEnd) dev::store_shared(me ? s + 512 : s, Bits<16>{});
   if constexpr (access == kBefore) dev::store(y, dev::load_shared<Bits<4>>(me ? s - 4 : s));
-  if constexpr (access == kCopyBehind) dev::copy_async<16>(s + (me ? 512 : 0), x);
-  if constexpr (access == kMatrixBehind) dev::load_matrices(r, me ? s + 512 : row);
+  if constexpr (access == kCopyPastEnd) dev::copy_async<16>(s + (me ? 512 : 0), x);
+  if constexpr (access == kMatrixPastEnd) dev::load_matrices(r, me ? s + 512 : row);
   if constexpr (access == kTooMuch)
     if (me) y[0] = dev::shared<std::byte[513]>()[0];
 }
@@ -195,10 +195,10 @@ TEST(CudaOnHost, WrongAccessesAreReported) {
   expect_fault({"thread 7:", "misaligned asynchronous copy of 16 bytes"}, launch, touch<kCopyFrom>, x, y);
   expect_fault({"thread 7:", "misaligned asynchronous copy of 4 bytes"}, launch, touch<kCopyTo>, x, y);
   expect_fault({"thread 7:", "misaligned row of a matrix"}, launch, touch<kMatrixRow>, x, y);
-  expect_fault({"thread 7:", "store outside shared memory: 16 bytes at 512 of 512"}, launch, touch<kBehind>, x, y);
+  expect_fault({"thread 7:", "store outside shared memory: 16 bytes at 512 of 512"}, launch, touch<kPastEnd>, x, y);
   expect_fault({"thread 7:", "load outside shared memory: 4 bytes at -4 of 512"}, launch, touch<kBefore>, x, y);
-  expect_fault({"thread 7:", "asynchronous copy outside shared memory"}, launch, touch<kCopyBehind>, x, y);
-  expect_fault({"thread 7:", "row of a matrix outside shared memory"}, launch, touch<kMatrixBehind>, x, y);
+  expect_fault({"thread 7:", "asynchronous copy outside shared memory"}, launch, touch<kCopyPastEnd>, x, y);
+  expect_fault({"thread 7:", "row of a matrix outside shared memory"}, launch, touch<kMatrixPastEnd>, x, y);
   expect_fault({"thread 7:", "asks for 513 bytes of shared memory, launched with 512"}, launch, touch<kTooMuch>, x, y);
 }
 

@@ -14,7 +14,7 @@ using cuda::Plan;
 
 struct Call {
   ConstView bias = {};
-  size_t offset = 0;  // bytes that a and y are off their alignment
+  size_t offset = 0;  // misalignment of a and y, in bytes
   bool invariant = false;
 };
 
@@ -24,7 +24,7 @@ template <class T> class Problem {
       : input_(std::span<const T>(a).first(static_cast<size_t>(m * w.k)), call.offset), out_(m * w.n, call.offset) {
     d_ = w.product(m, input_.view(), out_.view(), call.bias, call.invariant);
     d_.absmax.device_offset = w.nested ? &w.offset : nullptr;
-    d_.absmax.offset = -7;  // not looked at
+    d_.absmax.offset = -7;  // must be ignored
   }
   const Gemm4bit& call() const { return d_; }
   std::vector<Plan> plans(const cuda::dev::Device& device = cuda::dev::device()) const { return cuda::gemm::plans(d_, device); }
@@ -48,7 +48,7 @@ template <class T> class Problem {
 
 bool is_exact(const std::string& plan) { return plan.find("rows, ") == std::string::npos && plan.find("prescaled") == std::string::npos; }
 
-// Kernels that scale the sums of blocks are held to the weight before it is rounded, and to less than it loses by that.
+// Kernels that scale sums of blocks are compared with the unrounded weight, within less than rounding it would lose.
 template <class T>
 ::testing::AssertionResult close_to(bool exact, const std::vector<T>& y, const Weight& w, const std::vector<T>& a, int64_t m,
                                     const std::vector<double>& bias) {
@@ -63,7 +63,7 @@ TYPED_TEST_SUITE(CudaGemm, AllTypes, TypeNames);
 struct Shape {
   int64_t m, n, k;
 };
-constexpr Shape kShapes[] = {// rows in mid-byte and mid-block, tails of k
+constexpr Shape kShapes[] = {// rows that begin in mid-byte and mid-block, tails of k
                              {1, 1, 1},
                              {1, 2, 1},
                              {3, 5, 7},
@@ -73,7 +73,7 @@ constexpr Shape kShapes[] = {// rows in mid-byte and mid-block, tails of k
                              {8, 33, 161},
                              {16, 19, 200},
                              {17, 40, 255},
-                             // tensor cores: k of 32, less and more than a warp's, m and n around tiles
+                             // tensor cores: k a multiple of 32, below and above a warp's, m and n around tiles
                              {1, 16, 32},
                              {2, 7, 64},
                              {3, 50, 96},
@@ -90,7 +90,7 @@ constexpr Shape kShapes[] = {// rows in mid-byte and mid-block, tails of k
                              {65, 40, 96},
                              {128, 264, 64},
                              {129, 72, 128},
-                             // k in several slices, many items a block
+                             // k in several slices, many items per block
                              {1, 20, 8288},
                              {3, 800, 4160},
                              {7, 36, 4416},
@@ -98,7 +98,7 @@ constexpr Shape kShapes[] = {// rows in mid-byte and mid-block, tails of k
                              {1, 300, 1088},
                              {40, 16, 1024}};
 
-// The bytes that a plan gives, which must be the same in every order.
+// The output of a plan, which must be the same in every order.
 template <class T> std::vector<T> in_all_orders(Problem<T>& problem, const Plan& p) {
   std::vector<T> first;
   for_each_isa([&] {
@@ -117,7 +117,7 @@ TYPED_TEST(CudaGemm, EveryPlanIsTheSumInDouble) {
   for (const auto [m, n, k] : kShapes)
     for (const int64_t blocksize : {64, 32, 4096}) {
       ++seed;
-      if (m * n * k > 1 << 15 && seed / 3 % 3 != seed % 3) continue;  // large ones with one of them
+      if (m * n * k > 1 << 15 && seed / 3 % 3 != seed % 3) continue;  // only one blocksize for large shapes
       const Weight w(seed % 2 ? QuantType::nf4 : QuantType::fp4, n, k, blocksize, seed % 3 == 0, seed);
       const auto a = rounded_all<TypeParam>(normals(seed, m * k));
       const auto bias = rounded_all<TypeParam>(normals(seed + 7, n));
@@ -127,7 +127,8 @@ TYPED_TEST(CudaGemm, EveryPlanIsTheSumInDouble) {
       Problem<TypeParam> problem(w, a, m, call);
       for (const auto& plan : problem.plans()) {
         const auto text = problem.describe(plan);
-        if ((plan.splits > 2 && plan.splits < 16) || (k > 1200 && text.find(": tile, ") != std::string::npos)) continue;  // nothing new
+        if ((plan.splits > 2 && plan.splits < 16) || (k > 1200 && text.find(": tile, ") != std::string::npos))
+          continue;  // covered by others
         SCOPED_TRACE(text + ", blocks of " + std::to_string(blocksize) + (w.nested ? ", nested" : ""));
         ++used[text.substr(text.find(": ") + 2, text.find(", about") - text.find(": ") - 2)];
         EXPECT_TRUE(close_to(is_exact(text), in_all_orders(problem, plan), w, a, m, values));
@@ -137,7 +138,7 @@ TYPED_TEST(CudaGemm, EveryPlanIsTheSumInDouble) {
   for (const auto& [plan, count] : used) std::printf("    %4d x %s\n", count, plan.c_str());
 }
 
-// A row of y does not depend on how many there are, nor on the tile in which it is made.
+// A row of y depends neither on the number of rows nor on the tile that computes it.
 TYPED_TEST(CudaGemm, InvariantRows) {
   for (const auto& [n, k] : {std::pair<int64_t, int64_t>{40, 160}, {18, 99}}) {
     const Weight w(QuantType::nf4, n, k, 64, true);
@@ -152,7 +153,7 @@ TYPED_TEST(CudaGemm, InvariantRows) {
   }
 }
 
-// One product a sum: y shows the weights themselves.
+// One nonzero product per sum: y shows the weights themselves.
 TYPED_TEST(CudaGemm, ExactWeightsAreThoseOfDequantize) {
   for (const auto type : kFormats)
     for (const int64_t k : {96, 77}) {
@@ -188,9 +189,9 @@ TYPED_TEST(CudaGemm, NestedAbsmaxIsTheSameProduct) {
   }
 }
 
-// Any address: what is not aligned takes another kernel.
+// Any address: misaligned calls take another kernel.
 TYPED_TEST(CudaGemm, AnyAlignment) {
-  for (const size_t offset : {1, 2, 4, 8, 12, 16, 48})  // the library is told of 16 and 48
+  for (const size_t offset : {1, 2, 4, 8, 12, 16, 48})  // 16 and 48 reach cuBLASLt
     for (const int64_t m : {1, 5, 40}) {
       const Weight w(QuantType::fp4, offset % 16 ? 30 : 32, 128, 64);
       const auto a = rounded_all<TypeParam>(normals(5, m * w.k));
@@ -216,7 +217,7 @@ TYPED_TEST(CudaGemm, EmptySizes) {
   EXPECT_TRUE(Problem<TypeParam>(Weight(QuantType::nf4, 5, 64, 64), {}, 0).run().empty());
 }
 
-// What is not finite stays in its own row and its own columns.
+// Non-finite values affect only their own row or columns.
 TYPED_TEST(CudaGemm, NonFiniteStaysWhereItBelongs) {
   constexpr int64_t n = 21;
   for (const int64_t k : {64, 96, 100, 320})
@@ -252,7 +253,7 @@ TYPED_TEST(CudaGemm, NonFiniteStaysWhereItBelongs) {
     }
 }
 
-// W in several panels, each with its part of bias and y.
+// Several panels of W, each with its part of bias and y.
 TYPED_TEST(CudaGemm, SeveralPanels) {
   auto device = cuda::dev::device();
   device.l2_bytes = 1 << 10;

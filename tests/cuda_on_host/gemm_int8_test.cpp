@@ -1,4 +1,4 @@
-// LLM.int8() on CUDA against the CPU: every plan that can do a product, wild numbers, lists of outlier columns, the bytes of y.
+// LLM.int8() on CUDA against the CPU, byte for byte: every plan, extreme values, lists of outlier columns.
 #include <bnb/cuda.h>
 
 #include <cmath>
@@ -31,7 +31,7 @@ constexpr Shape kShapes[] = {{1, 1, 16},   {1, 17, 64},   {3, 40, 80},   {8, 33,
                              {17, 8, 48},  {33, 65, 192}, {64, 36, 272}, {65, 33, 16},  {70, 130, 96}, {130, 264, 80},
                              {200, 40, 0}, {5, 9, 33},    {66, 67, 131}, {2, 3, 257}};
 
-// One call with everything that may be in it; y of the CPU.
+// A call with all optional parts, and the CPU's result.
 template <class T> struct Problem {
   Shape s;
   std::vector<int8_t> a, b;
@@ -108,7 +108,7 @@ TEST(CudaInt8Sums, OfEveryPlan) {
   }
 }
 
-// Operands and outputs anywhere.
+// Operands and outputs at any address.
 TYPED_TEST(CudaInt8, AnyAddress) {
   for (const size_t offset : {1, 2, 4, 8}) {
     const Problem<TypeParam> problem({20, 36, 64}, offset, 7);
@@ -124,11 +124,11 @@ TYPED_TEST(CudaInt8, AnyAddress) {
   }
 }
 
-TYPED_TEST(CudaInt8, ColumnsThatDoNotExistArePassedOver) {
-  constexpr int64_t m = 3, n = 16, k = 32;  // one group of outliers, with those that do not exist too
+TYPED_TEST(CudaInt8, OutOfRangeColumnsAreIgnored) {
+  constexpr int64_t m = 3, n = 16, k = 32;  // one group of outliers, with the out-of-range ones too
   Problem<TypeParam> problem({m, n, k}, 1, n - 2);
   const auto expected = problem.on_cpu();
-  problem.outliers.push_back(-1);  // last, so that the others are summed in the same groups
+  problem.outliers.push_back(-1);  // last, so that the others stay in the same groups
   problem.outliers.push_back(k);
   Output<TypeParam> out(m * n), gathered(m * n);
   auto d = problem.call(out.view());
@@ -146,7 +146,7 @@ TYPED_TEST(CudaInt8, ColumnsThatDoNotExistArePassedOver) {
 
 // ---- quantization
 
-// A row with NaN or infinity has no codes, so two thirds of the cases have none.
+// NaN or infinity sets a whole row of codes to 0, so only a third of the cases have them.
 template <class T> std::vector<T> wild(uint64_t seed, int64_t n) {
   auto x = waves<T>(seed, n);
   if (seed % 3 != 0) return x;

@@ -1,5 +1,5 @@
-// Tensors of more than 2^32 elements and 2^33 bytes. Their memory is reserved, not had: only the last blocks of each grid run, and their
-// output is that of the same elements alone.
+// Tensors of more than 2^32 elements and 2^33 bytes. Their memory is reserved, not committed: only the last blocks of each grid run, and
+// their output must equal that of the same elements alone.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace bnb::test {
 namespace {
 
-// Zeros; a page is there when it is written.
+// Zeros; a page is committed when it is written.
 template <class T> class Reserved {
  public:
   explicit Reserved(int64_t n) : bytes_(static_cast<size_t>(n) * sizeof(T)) {
@@ -34,7 +34,7 @@ template <class T> class Reserved {
   std::span<T> all_;
 };
 
-// So many multiprocessors that each block has one tile, and few of its blocks.
+// So many multiprocessors that each block has one tile; only the last few blocks run.
 class HugeDevice {
  public:
   static cuda::dev::Device device() {
@@ -110,7 +110,7 @@ TYPED_TEST(Large, Gemm4bit) {
     std::vector<std::string> families;
     for (const auto& plan : cuda::gemm::plans(large, HugeDevice::device())) {
       const auto text = cuda::gemm::describe(plan, large);
-      if (plan.panel || plan.splits > 1) continue;  // the one is blocks of dequantize_4bit, the other has large k
+      if (plan.panel || plan.splits > 1) continue;  // panels are calls of dequantize_4bit; splits need large k
       SCOPED_TRACE(text);
       families.push_back(text.substr(text.find(": ") + 2, 4));
       cuda::gemm::run(plan, d, nullptr, nullptr);

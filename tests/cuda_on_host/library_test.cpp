@@ -1,4 +1,4 @@
-// src/cuda/device/cublaslt.cpp over the library of cublaslt.cpp in this folder, which refuses what the real one would do in its own way.
+// src/cuda/device/cublaslt.cpp over the library in this folder (cublaslt.cpp), which refuses what the real one would handle differently.
 #include "cuda/device/cublaslt.h"
 
 #include <gtest/gtest.h>
@@ -16,7 +16,7 @@ extern "C" int bnb_test_handles;
 namespace bnb::cuda {
 namespace {
 
-// A graph of many rows may be captured after calls of one row only: what the library makes for itself must be there by then.
+// A graph of many rows may be captured after calls with one row only: the library must be initialized by then.
 TEST(CudaLibrary, IsPreparedByTheFirstCallOfAnySize) {
   const std::vector<uint16_t> a(64);
   const std::vector<uint8_t> codes(16 * 64 / 2);
@@ -33,7 +33,7 @@ TEST(CudaLibrary, IsPreparedByTheFirstCallOfAnySize) {
   EXPECT_EQ(bnb_test_handles, 1);
 }
 
-// Every alignment that an operand can have, each its own: the library is told no more and no less than there is.
+// Every alignment that an operand can have: the library is told exactly that.
 TEST(CudaLibrary, IsToldTheAlignmentOfEachOperand) {
   constexpr int64_t m = 3, n = 4, k = 8;
   const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(256, 1 << 13), std::free);

@@ -31,7 +31,7 @@ struct Parameter {
     p = converted(p_type, normals(seed, n));
     g.resize(offset + elements * static_cast<size_t>(size_of(g_type)));
     if (coded) {
-      // Codes of a run that has lasted: all values, and blocks whose absmax is 0.
+      // Codes as in mid-training: all values, and blocks whose absmax is 0.
       codes1 = random_bytes(seed + 1, static_cast<int64_t>(offset + first));
       if (squares)
         for (uint8_t& c : codes1) c |= 0x80;
@@ -57,7 +57,7 @@ struct Parameter {
     return bytes;
   }
 
-  // Gradients of all magnitudes; NaN, infinities and zeros among them.
+  // Gradients of all magnitudes, with NaN, infinities and zeros.
   const OptimizerTensor& at(int64_t step, uint64_t seed) {
     auto x = waves<float>(seed + static_cast<uint64_t>(step), n);
     for (size_t i = 0; i < x.size(); ++i) {
@@ -112,7 +112,7 @@ template <class Step> void run(Tensors& all, const OptimizerConfig& config, int6
 
 constexpr DType kTypes[] = {DType::f32, DType::f16, DType::bf16};
 
-// Every pair of types, both widths of states, odd sizes, any address.
+// Every pair of types, both widths of states, odd sizes, any alignment.
 Tensors mixture(Optimizer rule) {
   Tensors all;
   constexpr int64_t kSizes[] = {1, 255, 256, 257, 1024, 0, 4097, 3, 20000};
@@ -151,7 +151,7 @@ TEST(CudaOptimizers, HaveTheBytesOfTheCpu) {
     }
 }
 
-// So many blocks that a piece of sums has more than the least number, and that grids go round.
+// Enough blocks that a piece has more than the least number of them, and that grids loop.
 TEST(CudaOptimizers, LargeNormsHaveTheBytesOfTheCpu) {
   for (const bool coded : {false, true}) {
     const OptimizerConfig config{.rule = lamb, .lr = 1e-2, .max_unorm = 0.01};
@@ -175,7 +175,7 @@ TEST(CudaOptimizers, CountOnByTheClock) {
       run(expected, config, t, [](const OptimizerStep& s) { bnb::optimizer_step(s); });
       run(all, config, t, [&](const OptimizerStep& s) {
         std::vector<OptimizerTensor> tensors(s.tensors.begin(), s.tensors.end());
-        for (auto& x : tensors) x.step -= t - 1;  // as a graph has them, which was captured in step 1
+        for (auto& x : tensors) x.step -= t - 1;  // as in a graph captured in step 1
         test::optimizer_step({.config = s.config, .tensors = tensors, .code1 = s.code1, .code2 = s.code2}, &clock);
       });
       EXPECT_EQ(clock, t);
@@ -224,7 +224,7 @@ TEST(CudaOptimizers, AThousandStepsOfAdam8bit) {
   all[0]->expect_same(*expected[0]);
 }
 
-// 500 tensors of both widths take four kernels.
+// 500 tensors with states of both widths take four kernels.
 TEST(CudaOptimizers, ManyTensorsTakeFewKernels) {
   const OptimizerConfig config{.rule = adam};
   Tensors expected, all;

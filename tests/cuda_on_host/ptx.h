@@ -1,4 +1,4 @@
-// The names of src/cuda/device/ptx.cuh on the host: what the PTX manual says of each instruction, including the bits of a NaN.
+// The names of src/cuda/device/ptx.cuh on the host: each instruction as the PTX manual defines it, including the bits of a NaN.
 #pragma once
 
 #include <algorithm>
@@ -115,7 +115,7 @@ template <class D> struct alignas(8) Fragments {
   D d[4];
   uint32_t unused[6];
 };
-// A row of `a` and a column of `b` are `per_word` elements a word, read by element(word, i); Sum is exact or wider than D.
+// Rows of `a` and columns of `b` have `per_word` elements per word, read by element(word, i); Sum is exact or wider than D.
 template <class D, class Sum, int per_word, class Element> void multiply(std::span<Fragments<D>, 32> all, Element element) {
   constexpr int depth = 8 * per_word;
   Sum a[16][depth], b[depth][8];

@@ -1,4 +1,4 @@
-// src/cuda/device/runtime.cpp over a CUDA runtime made for this: what it asks the driver for, where a thread of the host matters.
+// src/cuda/device/runtime.cpp over a mock of the CUDA runtime: what it asks the driver for, where host threads matter.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -23,7 +23,7 @@ std::mutex mutex;
 std::map<std::pair<const void*, int>, int> allowed;  // bytes of shared memory
 std::atomic<int> settings = 0;
 constexpr size_t kMostMemory = 1 << 20;
-std::map<void*, cudaStream_t> streams;  // of memory that is in use
+std::map<void*, cudaStream_t> streams;  // of allocated memory
 
 cudaError_t takes_memory() { return captured && mode != cudaStreamCaptureModeRelaxed ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
 
@@ -53,7 +53,7 @@ cudaError_t cudaMemPrefetchAsync(const void*, size_t, cudaMemLocation, unsigned,
 #else
 cudaError_t cudaMemPrefetchAsync(const void*, size_t, int, cudaStream_t) { return cudaSuccess; }
 #endif
-// Memory of a stream may be had while one is captured: it becomes a part of the graph.
+// Stream-ordered allocation is allowed during capture: it becomes a node of the graph.
 cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t stream) {
   if (bytes > kMostMemory) return *memory = nullptr, cudaErrorMemoryAllocation;
   *memory = std::malloc(bytes);
@@ -79,7 +79,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     allowed[{kernel, current}] = value;
     ++settings;
   }
-  std::this_thread::yield();  // here another thread may launch
+  std::this_thread::yield();  // lets another thread launch here
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void**, size_t shared, cudaStream_t) {
