@@ -35,14 +35,18 @@ TYPED_TEST(AgainstCpu, QuantizesWildNumbers) {
       std::vector<uint8_t> codes(x.size());
       std::vector<float> absmax(x.size() / 32 + 1);
       const auto expect = [&](auto on_cpu, auto on_device, auto d, size_t bytes) {
-        d.blocksize = blocksize, d.x = std::span(x), d.codes = codes, d.absmax = absmax;
+        d.blocksize = blocksize;
+        d.x = std::span(x);
+        d.codes = codes;
+        d.absmax = absmax;
         on_cpu(d);
         const std::vector<uint8_t> cpu_codes(codes.begin(), codes.begin() + static_cast<std::ptrdiff_t>(bytes));
         const std::vector<float> cpu_absmax(absmax.begin(), absmax.begin() + blocks_of(n, blocksize));
         for_each_isa([&] {
           Output<uint8_t> got_codes(static_cast<int64_t>(bytes));
           Output<float> got_absmax(blocks_of(n, blocksize));
-          d.codes = got_codes.span(), d.absmax = got_absmax.span();
+          d.codes = got_codes.span();
+          d.absmax = got_absmax.span();
           on_device(d);
           EXPECT_TRUE(same(got_codes.values(), cpu_codes));
           EXPECT_TRUE(same(got_absmax.values(), cpu_absmax));
@@ -64,10 +68,15 @@ TYPED_TEST(AgainstCpu, DequantizesWildAbsmax) {
   const int64_t n = static_cast<int64_t>(absmax.size()) * 64 - 5;
   const auto codes = random_bytes(12, n);
   std::vector<float> map = create_dynamic_map(), wild_map = map;
-  wild_map[3] = kInf, wild_map[77] = -kInf, wild_map[200] = 3e38f;
+  wild_map[3] = kInf;
+  wild_map[77] = -kInf;
+  wild_map[200] = 3e38f;
   const auto expect = [&](auto on_cpu, auto on_device, auto d) {
     std::vector<TypeParam> cpu(static_cast<size_t>(n));
-    d.blocksize = 64, d.codes = codes, d.absmax = absmax, d.out = std::span(cpu);
+    d.blocksize = 64;
+    d.codes = codes;
+    d.absmax = absmax;
+    d.out = std::span(cpu);
     on_cpu(d);
     for_each_isa([&] {
       Output<TypeParam> out(n);

@@ -139,7 +139,8 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, void* desc, void* w, void* a, v
   if (p.reductions & ~2u) return kNotSupported;
   auto& result = *static_cast<Result*>(to);
   std::memcpy(result.alignment, p.alignment, sizeof p.alignment);
-  result.workspace = p.workspace, result.state = kSuccess;
+  result.workspace = p.workspace;
+  result.state = kSuccess;
   *found = 1;
   return kSuccess;
 }

@@ -337,7 +337,9 @@ TEST(CudaOnHost, IllegalLaunchesAreNamed) {
   const auto text = [](dev::Launch l) -> std::string {
     l.op = "gemm_4bit";
     l.dtype = DType::bf16;
-    l.shape[0] = 3, l.shape[1] = 4096, l.shape[2] = 64;
+    l.shape[0] = 3;
+    l.shape[1] = 4096;
+    l.shape[2] = 64;
     try {
       dev::launch(l, raise, 1);
     } catch (const Error& error) { return error.what(); }

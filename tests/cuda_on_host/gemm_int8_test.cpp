@@ -117,8 +117,10 @@ TYPED_TEST(CudaInt8, AnyAddress) {
     const Input<TypeParam> x(problem.x, offset), bias(problem.bias, offset + 1);
     Output<TypeParam> out(20 * 36, offset);
     auto d = problem.call(out.view());
-    d.a = std::span(a).subspan(offset), d.b = std::span(b).subspan(offset + 1);
-    d.x = x.view(), d.to.bias = bias.view();
+    d.a = std::span(a).subspan(offset);
+    d.b = std::span(b).subspan(offset + 1);
+    d.x = x.view();
+    d.to.bias = bias.view();
     test::gemm_int8(d);
     EXPECT_TRUE(same(out.values(), problem.on_cpu()));
   }
@@ -170,14 +172,20 @@ TYPED_TEST(CudaInt8, QuantizesWildNumbers) {
         std::vector<int8_t> codes(x.size());
         std::vector<float> scale(static_cast<size_t>(scales));
         std::vector<uint64_t> outliers(static_cast<size_t>(outlier_words(columns)));
-        d.rows = rows, d.columns = columns, d.x = std::span(x), d.threshold = threshold, d.codes = codes, d.scale = scale;
+        d.rows = rows;
+        d.columns = columns;
+        d.x = std::span(x);
+        d.threshold = threshold;
+        d.codes = codes;
+        d.scale = scale;
         if constexpr (requires { d.outliers; }) d.outliers = outliers;
         on_cpu(d);
         for_each_isa([&] {
           Output<int8_t> got_codes(rows * columns);
           Output<float> got_scale(scales);
           Output<uint64_t> got_outliers(outlier_words(columns));
-          d.codes = got_codes.span(), d.scale = got_scale.span();
+          d.codes = got_codes.span();
+          d.scale = got_scale.span();
           if constexpr (requires { d.outliers; }) d.outliers = got_outliers.span();
           on_gpu(d);
           EXPECT_TRUE(same(got_codes.values(), codes));

@@ -72,11 +72,17 @@ TYPED_TEST(Large, BlockQuantization) {
       const Reserved<float> absmax(blocks_of(this->kSize, blocksize));
       const Reserved<TypeParam> out(this->kSize);
       d.blocksize = back.blocksize = blocksize;
-      d.x = large.all(), d.codes = codes, d.absmax = absmax;
-      back.codes = codes, back.absmax = absmax, back.out = out.all();
+      d.x = large.all();
+      d.codes = codes;
+      d.absmax = absmax;
+      back.codes = codes;
+      back.absmax = absmax;
+      back.out = out.all();
       std::vector<TypeParam> small(x.size());
       auto small_back = back;
-      small_back.codes = expected.codes, small_back.absmax = expected.absmax, small_back.out = std::span(small);
+      small_back.codes = expected.codes;
+      small_back.absmax = expected.absmax;
+      small_back.out = std::span(small);
       dequantize(small_back);
       const HugeDevice huge(16);
       quantize(d), dequantize(back);
@@ -105,7 +111,11 @@ TYPED_TEST(Large, Gemm4bit) {
     const Reserved<float> absmax(n * k / 64, w.absmax);
     const Reserved<TypeParam> all_bias(n, bias), y(m * n);
     auto large = d;
-    large.n = n, large.codes = codes, large.absmax.values = absmax, large.bias = all_bias.all(), large.out = y.all();
+    large.n = n;
+    large.codes = codes;
+    large.absmax.values = absmax;
+    large.bias = all_bias.all();
+    large.out = y.all();
 
     std::vector<std::string> families;
     for (const auto& plan : cuda::gemm::plans(large, HugeDevice::device())) {

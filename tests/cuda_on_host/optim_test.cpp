@@ -74,8 +74,12 @@ struct Parameter {
     const auto codes = [&](std::vector<uint8_t>& bytes) { return bytes.empty() ? std::span<uint8_t>() : std::span(bytes).subspan(offset); };
     t.p = {p.data() + offset, p_type, n};
     t.g = {g.data() + offset, g_type, n};
-    t.state1 = floats(state1), t.state2 = floats(state2), t.codes1 = codes(codes1), t.codes2 = codes(codes2);
-    t.absmax1 = absmax1, t.absmax2 = absmax2;
+    t.state1 = floats(state1);
+    t.state2 = floats(state2);
+    t.codes1 = codes(codes1);
+    t.codes2 = codes(codes2);
+    t.absmax1 = absmax1;
+    t.absmax2 = absmax2;
     t.step = step;
     t.u_norm = &u_norm;
     return t;
@@ -125,9 +129,16 @@ Tensors mixture(Optimizer rule) {
 OptimizerConfig config_of(Optimizer rule, size_t variant) {
   OptimizerConfig c{.rule = rule, .lr = 1e-2, .weight_decay = 0.1};
   if (variant == 0) return c;
-  c.max_unorm = 0.02, c.dampening = 0.25, c.t_alpha = 9, c.t_beta3 = 7, c.skip_zeros = true, c.nesterov = true;
+  c.max_unorm = 0.02;
+  c.dampening = 0.25;
+  c.t_alpha = 9;
+  c.t_beta3 = 7;
+  c.skip_zeros = true;
+  c.nesterov = true;
   if (variant == 1) return c;
-  c.bias_correction = false, c.coupled_decay = true, c.seed = 0x123456789abcdef;
+  c.bias_correction = false;
+  c.coupled_decay = true;
+  c.seed = 0x123456789abcdef;
   return c;
 }
 
@@ -197,7 +208,8 @@ TEST(CudaOptimizers, MapsOfAnyKind) {
   for (const auto& first : {create_linear_map(), random_map, same_bucket, no_sign}) {
     const auto step_with = [&](Tensors& all, auto&& take) {
       run(all, config_of(adam, 0), 1, [&](OptimizerStep s) {
-        s.code1 = first, s.code2 = no_sign;
+        s.code1 = first;
+        s.code2 = no_sign;
         take(s);
       });
     };

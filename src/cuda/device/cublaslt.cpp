@@ -151,7 +151,10 @@ void multiply(const Product& p, int device, Stream stream) {
     check(p, "attribute", lib.desc_set(desc.handle, attribute, &value, sizeof value));
   };
   set(kDescTransA, int32_t{kTransposed});
-  if (p.bias) set(kDescEpilogue, uint32_t{kEpilogueBias}), set(kDescBias, p.bias);
+  if (p.bias) {
+    set(kDescEpilogue, uint32_t{kEpilogueBias});
+    set(kDescBias, p.bias);
+  }
   const auto layout = [&](Owned& o, int64_t rows, int64_t columns, int64_t pitch) {
     check(p, "layout", lib.layout_create(&o.handle, type, static_cast<uint64_t>(rows), static_cast<uint64_t>(columns), pitch));
   };

@@ -39,10 +39,12 @@ template <class T> struct ExactPairs {
   BNB_DEVICE uint32_t operator()(uint32_t codes, int byte, float scale) const {
     float first, second;
     if constexpr (kShuffle) {
-      first = dev::shuffle(value, codes >> (byte * 8 + 4)), second = dev::shuffle(value, codes >> byte * 8);
+      first = dev::shuffle(value, codes >> (byte * 8 + 4));
+      second = dev::shuffle(value, codes >> byte * 8);
     } else {
       const auto both = dev::load_shared<Bits<8>>(lines + line_address(codes, byte, lane_offset));
-      first = dev::bits_float(both.word[0]), second = dev::bits_float(both.word[1]);
+      first = dev::bits_float(both.word[0]);
+      second = dev::bits_float(both.word[1]);
     }
     return dev::pack<T>(dev::mul(first, scale), dev::mul(second, scale));
   }
@@ -81,9 +83,12 @@ template <Config c> struct Position {
 
   BNB_DEVICE explicit Position(const KSplit& k) {
     const int lane = static_cast<int>(dev::lane());
-    warp = static_cast<int>(dev::warp()), g = lane / 4, t = lane % 4;
+    warp = static_cast<int>(dev::warp());
+    g = lane / 4;
+    t = lane % 4;
     split = static_cast<int>(dev::block().z);
-    first_row = static_cast<int>(dev::block().x) * c.rows(), first_column = static_cast<int>(dev::block().y) * c.columns();
+    first_row = static_cast<int>(dev::block().x) * c.rows();
+    first_column = static_cast<int>(dev::block().y) * c.columns();
     begin = split * k.steps_per_split;
     end = begin + k.steps_per_split < k.steps ? begin + k.steps_per_split : k.steps;
   }

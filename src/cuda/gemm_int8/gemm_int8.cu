@@ -16,8 +16,12 @@ EpilogueInt8 epilogue_of(const Int8Epilogue& to, int64_t m, int64_t n, int32_t* 
   e.vectors = dev::aligned(e.out, 16) && n * size % 16 == 0;
   e.elements = dev::aligned(e.out, size);
   if (sums) return e;
-  e.row_scale = to.row_scale.data(), e.column_scale = to.column_scale.data();
-  if (to.bias.size) e.bias = to.bias.data, e.bias_type = to.bias.dtype;
+  e.row_scale = to.row_scale.data();
+  e.column_scale = to.column_scale.data();
+  if (to.bias.size) {
+    e.bias = to.bias.data;
+    e.bias_type = to.bias.dtype;
+  }
   return e;
 }
 
@@ -26,7 +30,8 @@ ProductInt8 product_of(const GemmInt8& d) {
   p.to.k = d.k;
   p.to.b = d.b.data();
   if (p.to.sums_only || d.outliers.empty()) return p;
-  p.to.x = d.x.data, p.to.x_type = d.x.dtype;
+  p.to.x = d.x.data;
+  p.to.x_type = d.x.dtype;
   p.to.outliers = {.list = d.outliers.data(), .listed = std::ssize(d.outliers)};
   p.to.may_have_outliers = true;
   return p;
@@ -112,7 +117,8 @@ void linear_int8(const LinearInt8& d, void* workspace, Stream stream) {
   p.to.k = d.k;
   p.to.b = d.weight.data();
   if (word_count > 0) {
-    p.to.x = d.x.data, p.to.x_type = d.x.dtype;
+    p.to.x = d.x.data;
+    p.to.x_type = d.x.dtype;
     p.to.outliers = {.words = words, .word_count = word_count};
     p.to.may_have_outliers = true;
   }

@@ -117,7 +117,8 @@ quantize_rows_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool vecto
       for (int u = 0; u < kUnits; ++u) {
         uint32_t here = largest_of<T>(raw[u]);
         if (here >= limit) {
-          any = true, here = 0;
+          any = true;
+          here = 0;
           float v[kPer];
           to_floats<T>(raw[u], v);
           uint32_t mask = 0;
@@ -273,7 +274,8 @@ quantize_columns_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool ve
   BNB_UNROLL
   for (int i = 0; i < kPer; ++i) {
     const Factors f(mine.column + i < columns ? scale[mine.column + i] : 0);
-    first[i] = f.first, second[i] = f.second;
+    first[i] = f.first;
+    second[i] = f.second;
   }
   mine.for_each_row(x, columns, vectors, [&](int64_t r, const Bits<16>& raw) {
     float v[kPer];

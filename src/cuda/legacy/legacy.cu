@@ -232,7 +232,8 @@ void sum_of_squares(const ConstView& x, float* to, double* partial, Stream strea
   l.grid.x = std::min(l.grid.x, static_cast<uint32_t>(kSquares / kWarps));
   visit(x.dtype, [&]<class T>(T) { dev::launch(l, squares<T>, x.data, x.size, partial); });
   const int64_t n = int64_t{l.grid.x} * kWarps;
-  l.grid.x = 1, l.threads = dev::kWarp;
+  l.grid.x = 1;
+  l.threads = dev::kWarp;
   dev::launch(l, total, partial, n, to);
 }
 

@@ -33,10 +33,14 @@ BNB_DEVICE void set_map(const float* code, CodeMap& map) {
   auto& s = dev::shared<Tables8>();
   const Lane8 lane = prepare8(s, code, true);
   const unsigned i = dev::thread();
-  if (i == 0) map.by_bucket = lane.by_bucket, map.not_negative = map.not_positive = -1;
+  if (i == 0) {
+    map.by_bucket = lane.by_bucket;
+    map.not_negative = map.not_positive = -1;
+  }
   dev::barrier();
   if (i < 256) {
-    map.value[i] = code[i], map.threshold[i] = s.plain[i];
+    map.value[i] = code[i];
+    map.threshold[i] = s.plain[i];
     if (i > 0 && code[i] >= 0 && code[i - 1] < 0) map.not_negative = static_cast<int32_t>(i);
     if (i < 255 && code[i] <= 0 && code[i + 1] > 0) map.not_positive = static_cast<int32_t>(i);
   }
@@ -99,12 +103,14 @@ struct StepPlan {
       for (const OptimizerTensor& t : s.tensors)
         if (t.has_codes() == coded) {
           TensorArgs& g = tensors.emplace_back(given(t, first_states(s.config.rule)));
-          g.first_chunk = chunk, g.first_piece = piece;
+          g.first_chunk = chunk;
+          g.first_piece = piece;
           chunk += ceil_div(g.blocks(), kChunk);
           piece += g.pieces();
         }
       if (!coded) plain = std::ssize(tensors);
-      chunks[coded + 1] = chunk, pieces[coded + 1] = piece;
+      chunks[coded + 1] = chunk;
+      pieces[coded + 1] = piece;
     }
     const auto after = [&](int64_t size) {
       const int64_t at = bytes;
@@ -114,7 +120,8 @@ struct StepPlan {
     const int64_t n = std::ssize(tensors);
     maps = after(chunks[2] > chunks[1] ? 2 * static_cast<int64_t>(sizeof(CodeMap)) : 0);
     tensor_states = after(n * static_cast<int64_t>(sizeof(TensorState)));
-    first_chunk = after(n * 8), first_piece = after(n * 8);
+    first_chunk = after(n * 8);
+    first_piece = after(n * 8);
     sums = after(norms ? piece * static_cast<int64_t>(sizeof(Sums)) : 0);
   }
 
@@ -190,12 +197,14 @@ void optimizer_step(const OptimizerStep& s, void* workspace, int64_t* clock, Str
   dev::Launch l = {.op = "optimizer_step", .dtype = count ? plan.tensors[0].p_type : DType::f32, .shape = {count}, .stream = stream};
   TensorBatch batch = {};
   batch.config = s.config;
-  batch.code[0] = s.code1.data(), batch.code[1] = s.code2.data();
+  batch.code[0] = s.code1.data();
+  batch.code[1] = s.code2.data();
   batch.maps = maps;
   batch.clock = clock;
   for (int64_t begin = 0, launches = plan.table_launches(clock != nullptr); launches > 0; begin += kTensors) {
     batch.tensor_states = tensor_states + begin;
-    batch.first_chunk = first_chunk + begin, batch.first_piece = first_piece + begin;
+    batch.first_chunk = first_chunk + begin;
+    batch.first_piece = first_piece + begin;
     batch.count = static_cast<uint32_t>(std::min<int64_t>(count - begin, kTensors));
     batch.last = --launches == 0;
     std::copy_n(plan.tensors.begin() + begin, batch.count, batch.given);

@@ -106,9 +106,11 @@ BNB_DEVICE void widen(const Bits<16>& raw, DType type, float* x) {
     BNB_UNROLL
     for (int i = 0; i < kPer; ++i) x[i] = dev::bits_float(raw.word[i]);
   } else if (type == DType::f16) {
-    dev::unpack<Half>(raw.word[0], x[0], x[1]), dev::unpack<Half>(raw.word[1], x[2], x[3]);
+    dev::unpack<Half>(raw.word[0], x[0], x[1]);
+    dev::unpack<Half>(raw.word[1], x[2], x[3]);
   } else {
-    dev::unpack<BFloat16>(raw.word[0], x[0], x[1]), dev::unpack<BFloat16>(raw.word[1], x[2], x[3]);
+    dev::unpack<BFloat16>(raw.word[0], x[0], x[1]);
+    dev::unpack<BFloat16>(raw.word[1], x[2], x[3]);
   }
 }
 

@@ -62,7 +62,11 @@ template <class Rule> BNB_DEVICE void prepare(const LaunchArgs& args, Shared<Rul
       dev::store_shared(s.first[m] + i, dev::load<Bits<16>>(map.first + i));
     auto* threshold = const_cast<float*>(s.thresholds(args, m));
     for (unsigned i = dev::thread(); i < 256u << args.copies; i += dev::threads()) threshold[i] = map.threshold[i >> args.copies];
-    if (dev::thread() == 0) s.by_bucket[m] = map.by_bucket, s.not_negative[m] = map.not_negative, s.not_positive[m] = map.not_positive;
+    if (dev::thread() == 0) {
+      s.by_bucket[m] = map.by_bucket;
+      s.not_negative[m] = map.not_negative;
+      s.not_positive[m] = map.not_positive;
+    }
   }
   dev::barrier();
 }
