@@ -1,81 +1,20 @@
-// int8 codes of rows and of columns, and back; docs/NUMERICS.md has the rules.
+// int8 codes of rows, and back; docs/NUMERICS.md has the rules.
 //
 // Rows: one per block, read once and kept in registers between the maximum and the codes (up to 64 KiB; longer rows are read again from the
 // cache). Outlier columns are bits that blocks set in shared words; a second kernel clears the codes of those columns, if there are any.
 // Moves sizeof(T) + 1 bytes per element; lower bound: those at copy bandwidth.
-// Columns: two passes, 2 sizeof(T) + 1 bytes per element. Dequantization: 1 + sizeof(T) bytes per element.
+// Dequantization: 1 + sizeof(T) bytes per element.
 #include <algorithm>
-#include <bit>
 
 #include "common/arguments.h"
 #include "common/convert.h"
 #include "common/formats.h"
 #include "cuda/gemm_int8/gemm_int8.cuh"
+#include "cuda/gemm_int8/int8_codes.cuh"
 
 namespace bnb::cuda {
 namespace gemm {
 namespace {
-
-constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
-constexpr uint32_t kNoLimit = 0x80000000;  // above all bits of |x|, NaN included
-
-// Outliers: limit <= |x| <= infinity, compared as bits.
-uint32_t limit_of(float threshold) { return threshold > 0 ? std::bit_cast<uint32_t>(threshold) : kNoLimit; }
-BNB_DEVICE bool is_outlier(float x, uint32_t limit) {
-  const uint32_t magnitude = dev::float_bits(x) & 0x7fffffff;
-  return magnitude >= limit && magnitude <= kInfinity;
-}
-
-// x * (127 * (1 / scale)) as x * first * second. second is 0 where all codes are 0.
-struct Factors {
-  float first = 1, second = 0;
-  BNB_DEVICE explicit Factors(float scale) {
-    if (!(scale > 0) || !finite(scale)) return;
-    if (scale < 0x1p-100f) first = 0x1p100f;  // 1 / scale might be infinite
-    second = dev::mul(127.0f, dev::reciprocal(dev::mul(scale, first)));
-  }
-};
-// The low byte is the integer nearest to v, ties to even.
-BNB_DEVICE uint32_t code(float v) { return dev::float_bits(dev::add(v, 0x1.8p23f)); }
-template <int n> BNB_DEVICE Bits<n> pack_codes(const uint32_t (&q)[n]) {
-  Bits<n> packed;
-  BNB_UNROLL
-  for (int i = 0; i < n; i += 4)
-    packed.word[i / 4] = dev::permute(dev::permute(q[i], q[i + 1], 0x0040), dev::permute(q[i + 2], q[i + 3], 0x0040), 0x5410);
-  return packed;
-}
-
-// The largest |x| of a unit, as fp32 bits.
-template <class T> BNB_DEVICE uint32_t largest_of(const Bits<16>& raw) {
-  constexpr uint32_t kMagnitude = sizeof(T) == 4 ? 0x7fffffff : 0x7fff7fff;
-  uint32_t m = raw.word[0] & kMagnitude;
-  BNB_UNROLL
-  for (int i = 1; i < 4; ++i) m = greater<T>(m, raw.word[i] & kMagnitude);
-  if constexpr (sizeof(T) == 4) {
-    return m;
-  } else {
-    float low, high;
-    dev::unpack<T>(m, low, high);
-    return dev::float_bits(low) > dev::float_bits(high) ? dev::float_bits(low) : dev::float_bits(high);
-  }
-}
-
-// A row of x in units of 16 bytes. `vectors`: at aligned addresses.
-template <class T> struct Row {
-  const uint8_t* x;
-  int64_t columns, units;
-  bool vectors;
-  BNB_DEVICE Row(const uint8_t* all, int64_t row, int64_t columns, bool vectors)
-      : x(all + row * columns * static_cast<int64_t>(sizeof(T))),
-        columns(columns),
-        units((columns + kPerUnit<T> - 1) / kPerUnit<T>),
-        vectors(vectors) {}
-  // Zeros past the end.
-  BNB_DEVICE Bits<16> load(int64_t unit) const {
-    if (!vectors) return load_bytes<Bits<16>>(x, unit * 16, columns * static_cast<int64_t>(sizeof(T)));
-    return unit < units ? dev::load_const<Bits<16>>(x + unit * 16) : Bits<16>{};
-  }
-};
 
 // Up to this size of x, each block reading all of x from the cache is faster than two more launches.
 constexpr int64_t kTogetherBytes = int64_t{128} << 10;
@@ -218,79 +157,6 @@ BNB_KERNEL(256, 4) clear_columns(uint8_t* codes, int64_t rows, int64_t columns, 
   }
 }
 
-// ---- columns: a lane has the columns of a unit, its rows are dealt to the warps of a block
-constexpr int kColumnWarps = 8, kColumnThreads = kColumnWarps * static_cast<int>(dev::kWarp);
-
-template <class T> struct Stripe {
-  int64_t column, row, end;  // the lane's first column, the warp's first row
-  template <class F> BNB_DEVICE void for_each_row(const uint8_t* x, int64_t columns, bool vectors, F&& f) const {
-    const int64_t unit = column / kPerUnit<T>;
-    for (int64_t r = row; r < end; r += kColumnWarps) f(r, Row<T>(x, r, columns, vectors).load(unit));
-  }
-};
-template <class T> BNB_DEVICE Stripe<T> stripe(int64_t rows, int64_t groups, int64_t rows_of_part) {
-  const int64_t group = dev::block().x % groups, begin = dev::block().x / groups * rows_of_part, end = begin + rows_of_part;
-  return {(group * dev::kWarp + dev::lane()) * kPerUnit<T>, begin + dev::warp(), end < rows ? end : rows};
-}
-
-// scale: zeros at first, then the bits of the maximum.
-template <class T>
-BNB_KERNEL(kColumnThreads, 4)
-largest_of_columns(const uint8_t* x, int64_t rows, int64_t columns, bool vectors, uint32_t limit, int64_t groups, int64_t rows_of_part,
-                   uint32_t* scale) {
-  constexpr int kPer = kPerUnit<T>, kWide = kPer * static_cast<int>(dev::kWarp);
-  auto& s = dev::shared<uint32_t[kColumnWarps][kWide]>();
-  const auto mine = stripe<T>(rows, groups, rows_of_part);
-  uint32_t most[kPer] = {};
-  mine.for_each_row(x, columns, vectors, [&](int64_t, const Bits<16>& raw) {
-    float v[kPer];
-    to_floats<T>(raw, v);
-    BNB_UNROLL
-    for (int i = 0; i < kPer; ++i) {
-      const uint32_t magnitude = dev::float_bits(v[i]) & 0x7fffffff;
-      if (!is_outlier(v[i], limit) && magnitude > most[i]) most[i] = magnitude;
-    }
-  });
-  BNB_UNROLL
-  for (int i = 0; i < kPer; ++i) s[dev::warp()][i * static_cast<int>(dev::kWarp) + static_cast<int>(dev::lane())] = most[i];
-  dev::barrier();
-  for (int p = static_cast<int>(dev::thread()); p < kWide; p += kColumnThreads) {
-    uint32_t all = 0;
-    BNB_UNROLL
-    for (int w = 0; w < kColumnWarps; ++w) all = s[w][p] > all ? s[w][p] : all;
-    const int64_t column = (dev::block().x % groups * dev::kWarp + p % dev::kWarp) * kPer + p / static_cast<int>(dev::kWarp);
-    if (column < columns) dev::atomic_max(scale + column, all > kInfinity ? kNaN : all);
-  }
-}
-
-template <class T>
-BNB_KERNEL(kColumnThreads, 4)
-quantize_columns_kernel(const uint8_t* x, int64_t rows, int64_t columns, bool vectors, uint32_t limit, int64_t groups, int64_t rows_of_part,
-                        uint8_t* codes, const float* scale) {
-  constexpr int kPer = kPerUnit<T>;
-  const auto mine = stripe<T>(rows, groups, rows_of_part);
-  if (mine.column >= columns) return;
-  float first[kPer], second[kPer];
-  BNB_UNROLL
-  for (int i = 0; i < kPer; ++i) {
-    const Factors f(mine.column + i < columns ? scale[mine.column + i] : 0);
-    first[i] = f.first;
-    second[i] = f.second;
-  }
-  mine.for_each_row(x, columns, vectors, [&](int64_t r, const Bits<16>& raw) {
-    float v[kPer];
-    to_floats<T>(raw, v);
-    uint32_t q[kPer];
-    BNB_UNROLL
-    for (int i = 0; i < kPer; ++i)
-      q[i] = code(is_outlier(v[i], limit) || second[i] == 0 ? 0 : dev::mul(dev::mul(v[i], first[i]), second[i]));
-    if (vectors)
-      dev::store(codes + r * columns + mine.column, pack_codes(q));
-    else
-      store_bytes(codes + r * columns, mine.column, columns, pack_codes(q));
-  });
-}
-
 // ---- dequantization
 template <class T>
 BNB_KERNEL(1024, 1)
@@ -327,10 +193,6 @@ uint32_t blocks_for(int64_t work, int64_t per_sm = int64_t{1} << 20) {
   return static_cast<uint32_t>(std::min<int64_t>({work, per_sm * dev::device().sms, INT32_MAX}));
 }
 
-template <class T> bool vectors_of(const void* x, int64_t columns, const void* codes) {
-  return columns % kPerUnit<T> == 0 && dev::aligned(x, 16) && dev::aligned(codes, kPerUnit<T>);
-}
-
 }  // namespace
 
 void quantize_rows(const char* op, const QuantizeInt8& d, Stream stream) {
@@ -362,36 +224,6 @@ void quantize_rows(const char* op, const QuantizeInt8& d, Stream stream) {
 void quantize_int8(const QuantizeInt8& d, Stream stream) {
   check_arguments(d);
   gemm::quantize_rows("quantize_int8", d, stream);
-}
-
-void quantize_columns_int8(const QuantizeColumnsInt8& d, Stream stream) {
-  using namespace gemm;
-  check_arguments(d);
-  if (d.columns == 0) return;
-  dev::zero_async("quantize_columns_int8", d.scale.data(), d.columns * 4, stream);
-  if (d.rows == 0) return;
-  auto* codes = reinterpret_cast<uint8_t*>(d.codes.data());
-  visit(d.x.dtype, [&](auto t) {
-    using T = decltype(t);
-    constexpr int kWide = kPerUnit<T> * static_cast<int>(dev::kWarp);
-    const bool vectors = vectors_of<T>(d.x.data, d.columns, codes);
-    const int64_t groups = ceil_div(d.columns, kWide), wanted = std::max<int64_t>(1, 8 * dev::device().sms / groups);
-    const int64_t rows_of_part = std::max<int64_t>(4 * kColumnWarps, ceil_div(d.rows, wanted)),
-                  blocks = groups * ceil_div(d.rows, rows_of_part);
-    const auto* x = static_cast<const uint8_t*>(d.x.data);
-    dev::Launch l = {.op = "quantize_columns_int8",
-                     .dtype = d.x.dtype,
-                     .shape = {d.rows, d.columns},
-                     .grid = {static_cast<uint32_t>(std::min<int64_t>(blocks, UINT32_MAX))},
-                     .threads = kColumnThreads,
-                     .shared = kColumnWarps * kWide * 4,
-                     .stream = stream};
-    dev::launch(l, largest_of_columns<T>, x, d.rows, d.columns, vectors, limit_of(d.threshold), groups, rows_of_part,
-                reinterpret_cast<uint32_t*>(d.scale.data()));
-    l.shared = 0;
-    dev::launch(l, quantize_columns_kernel<T>, x, d.rows, d.columns, vectors, limit_of(d.threshold), groups, rows_of_part, codes,
-                d.scale.data());
-  });
 }
 
 void dequantize_int8(const DequantizeInt8& d, Stream stream) {
