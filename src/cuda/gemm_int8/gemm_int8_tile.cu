@@ -16,7 +16,9 @@ namespace {
 constexpr int kDepth = 64, kPitch = kDepth + 16;
 
 struct Config {
-  int warps_m, warps_n, m_tiles, n_tiles, stages, per_sm;
+  int warps_m, warps_n;  // of the block
+  int m_tiles, n_tiles;  // of 16 rows and of 8 columns per warp
+  int stages, per_sm;
   bool vectors;
   constexpr int rows() const { return warps_m * m_tiles * 16; }
   constexpr int columns() const { return warps_n * n_tiles * 8; }
@@ -30,40 +32,88 @@ struct Config {
 constexpr Config kConfigs[] = {
     {2, 2, 2, 2, 4, 4, true}, {2, 2, 2, 4, 4, 4, true}, {2, 4, 4, 4, 4, 2, true}, {2, 4, 4, 8, 4, 1, true}, {2, 2, 2, 4, 3, 4, false}};
 
-template <Config c> BNB_KERNEL(c.threads(), c.per_sm) multiply_tile(const int8_t* a, const int8_t* b, EpilogueInt8 e, int64_t row_blocks) {
-  constexpr int kRows = c.rows(), kColumns = c.columns(), kThreads = c.threads(), kStages = c.stages, kStep = kThreads / 4;
-  constexpr int kMTiles = c.m_tiles, kNTiles = c.n_tiles;
-  constexpr bool kVectors = c.vectors;
-  auto* shared = &dev::shared<uint8_t>();
-  const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp());
-  const int warp_row = warp % c.warps_m * kMTiles * 16, warp_column = warp / c.warps_m * kNTiles * 8;
-  const int64_t first_row = dev::block().x % row_blocks * kRows, first_column = dev::block().x / row_blocks * kColumns;
-  const int k = static_cast<int>(e.k), steps = (k + kDepth - 1) / kDepth;
+// ---- operands: rows of a and of b, 16 bytes of a row per copy; zeros past the ends
+template <Config c> class Operands {
+ public:
+  BNB_DEVICE Operands(uint8_t* stages, const int8_t* a, const int8_t* b, const EpilogueInt8& e, int64_t first_row, int64_t first_column)
+      : stages_(stages),
+        a_(a + first_row * e.k),
+        b_(b + first_column * e.k),
+        k_(e.k),
+        a_rows_left_(e.m - first_row),
+        b_rows_left_(e.n - first_column) {}
+  BNB_DEVICE void copy(int step) const {
+    uint8_t* to = stages_ + step % c.stages * c.stage_bytes();
+    copy_rows(a_, c.rows(), a_rows_left_, step, to);
+    copy_rows(b_, c.columns(), b_rows_left_, step, to + c.rows() * kPitch);
+  }
 
-  // 16 bytes of a row per copy; zeros past the ends.
-  const int copy_row = static_cast<int>(dev::thread()) / 4, copy_column = static_cast<int>(dev::thread()) % 4 * 16;
-  const auto copy_rows = [&](const int8_t* from, int count, int64_t rows_left, int step, uint8_t* to) {
-    const int column = step * kDepth + copy_column;
-    from += copy_row * e.k + column;
+ private:
+  BNB_DEVICE void copy_rows(const int8_t* from, int count, int64_t rows_left, int step, uint8_t* to) const {
+    const int copy_row = static_cast<int>(dev::thread()) / 4, copy_column = static_cast<int>(dev::thread()) % 4 * 16;
+    const int column = step * kDepth + copy_column, k = static_cast<int>(k_);
+    from += copy_row * k_ + column;
     to += copy_row * kPitch + copy_column;
     if (column >= k) rows_left = 0;
     BNB_UNROLL
-    for (int i = 0; i < count; i += kStep) {
+    for (int i = 0; i < count; i += c.threads() / 4) {
       const bool in = copy_row + i < rows_left;
-      if constexpr (kVectors)
-        dev::copy_async<16>(to + i * kPitch, from + i * e.k, in ? 16 : 0);
+      if constexpr (c.vectors)
+        dev::copy_async<16>(to + i * kPitch, from + i * k_, in ? 16 : 0);
       else
-        dev::store_shared(to + i * kPitch, load_bytes<Bits<16>>(reinterpret_cast<const uint8_t*>(from + i * e.k), 0, in ? k - column : 0));
+        dev::store_shared(to + i * kPitch, load_bytes<Bits<16>>(reinterpret_cast<const uint8_t*>(from + i * k_), 0, in ? k - column : 0));
     }
-  };
-  const auto copy = [&](int step) {
-    uint8_t* to = shared + step % kStages * c.stage_bytes();
-    copy_rows(a + first_row * e.k, kRows, e.m - first_row, step, to);
-    copy_rows(b + first_column * e.k, kColumns, e.n - first_column, step, to + kRows * kPitch);
-  };
+  }
+
+  uint8_t* stages_;
+  const int8_t *a_, *b_;
+  int64_t k_, a_rows_left_, b_rows_left_;
+};
+
+// ---- mathematics: a step of k. `a`, `b`: this lane's rows of matrices in the stage.
+template <Config c> using Sums = int32_t[c.m_tiles][c.n_tiles][4];
+
+template <Config c> BNB_DEVICE void multiply_step(const uint8_t* a, const uint8_t* b, Sums<c>& sums) {
   BNB_UNROLL
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < steps) copy(i);
+  for (int at = 0; at < kDepth; at += 32) {
+    uint32_t left[c.m_tiles][4], right[c.n_tiles / 2][4];
+    BNB_UNROLL
+    for (int i = 0; i < c.m_tiles; ++i) dev::load_matrices(left[i], a + i * 16 * kPitch + at);
+    BNB_UNROLL
+    for (int j = 0; j < c.n_tiles / 2; ++j) dev::load_matrices(right[j], b + j * 16 * kPitch + at);
+    BNB_UNROLL
+    for (int i = 0; i < c.m_tiles; ++i) BNB_UNROLL
+    for (int j = 0; j < c.n_tiles; ++j) {
+      const uint32_t fragment[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
+      dev::mma_s8(sums[i][j], left[i], fragment);
+    }
+  }
+}
+
+// ---- epilogue: sums to shared memory, from where apply_epilogue takes them
+template <Config c> BNB_DEVICE void keep_sums(const Sums<c>& sums, int warp_row, int warp_column, int32_t* tile) {
+  const int lane = static_cast<int>(dev::lane()), g = lane / 4, t = lane % 4;
+  BNB_UNROLL
+  for (int i = 0; i < c.m_tiles * c.n_tiles * 2; ++i) {
+    const int row = warp_row + i / 2 / c.n_tiles * 16 + i % 2 * 8 + g, column = warp_column + i / 2 % c.n_tiles * 8 + 2 * t;
+    const auto& from = sums[i / 2 / c.n_tiles][i / 2 % c.n_tiles];
+    dev::store_shared(tile + row * c.sum_pitch() + column,
+                      Bits<8>{static_cast<uint32_t>(from[i % 2 * 2]), static_cast<uint32_t>(from[i % 2 * 2 + 1])});
+  }
+}
+
+template <Config c> BNB_KERNEL(c.threads(), c.per_sm) multiply_tile(const int8_t* a, const int8_t* b, EpilogueInt8 e, int64_t row_blocks) {
+  constexpr int kRows = c.rows(), kColumns = c.columns(), kVector = 8;  // columns of y that a thread stores at once
+  auto* shared = &dev::shared<uint8_t>();                               // | stages, then the sums of the tile | outliers |
+  const int lane = static_cast<int>(dev::lane()), warp = static_cast<int>(dev::warp());
+  const int warp_row = warp % c.warps_m * c.m_tiles * 16, warp_column = warp / c.warps_m * c.n_tiles * 8;
+  const int64_t first_row = dev::block().x % row_blocks * kRows, first_column = dev::block().x / row_blocks * kColumns;
+  const int steps = (static_cast<int>(e.k) + kDepth - 1) / kDepth;
+
+  const Operands<c> operands(shared, a, b, e, first_row, first_column);
+  BNB_UNROLL
+  for (int i = 0; i < c.stages - 1; ++i) {
+    if (i < steps) operands.copy(i);
     dev::copy_commit();
   }
   OutlierStage<kRows, kColumns>* staged = nullptr;
@@ -75,52 +125,32 @@ template <Config c> BNB_KERNEL(c.threads(), c.per_sm) multiply_tile(const int8_t
 
   const uint8_t* a_at = shared + (warp_row + lane % 16) * kPitch + lane / 16 * 16;
   const uint8_t* b_at = shared + (kRows + warp_column + lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
-  int32_t sums[kMTiles][kNTiles][4] = {};
+  Sums<c> sums = {};
   BNB_KEEP_LOOP
   for (int step = 0; step < steps; ++step) {
-    dev::copy_wait<kStages - 2>();
+    dev::copy_wait<c.stages - 2>();
     dev::barrier();
-    if (step + kStages - 1 < steps) copy(step + kStages - 1);
+    if (step + c.stages - 1 < steps) operands.copy(step + c.stages - 1);
     dev::copy_commit();
-    const int offset = step % kStages * c.stage_bytes();
-    BNB_UNROLL
-    for (int at = 0; at < kDepth; at += 32) {
-      uint32_t left[kMTiles][4], right[kNTiles / 2][4];
-      BNB_UNROLL
-      for (int i = 0; i < kMTiles; ++i) dev::load_matrices(left[i], a_at + offset + i * 16 * kPitch + at);
-      BNB_UNROLL
-      for (int j = 0; j < kNTiles / 2; ++j) dev::load_matrices(right[j], b_at + offset + j * 16 * kPitch + at);
-      BNB_UNROLL
-      for (int i = 0; i < kMTiles; ++i) BNB_UNROLL
-      for (int j = 0; j < kNTiles; ++j) {
-        const uint32_t fragment[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
-        dev::mma_s8(sums[i][j], left[i], fragment);
-      }
-    }
+    const int offset = step % c.stages * c.stage_bytes();
+    multiply_step<c>(a_at + offset, b_at + offset, sums);
   }
 
   dev::copy_wait<0>();
   dev::barrier();
-  const int g = lane / 4, t = lane % 4;
   auto* tile = reinterpret_cast<int32_t*>(shared);
-  BNB_UNROLL
-  for (int i = 0; i < kMTiles * kNTiles * 2; ++i) {
-    const int row = warp_row + i / 2 / kNTiles * 16 + i % 2 * 8 + g, column = warp_column + i / 2 % kNTiles * 8 + 2 * t;
-    const auto& from = sums[i / 2 / kNTiles][i / 2 % kNTiles];
-    dev::store_shared(tile + row * c.sum_pitch() + column,
-                      Bits<8>{static_cast<uint32_t>(from[i % 2 * 2]), static_cast<uint32_t>(from[i % 2 * 2 + 1])});
-  }
+  keep_sums<c>(sums, warp_row, warp_column, tile);
   dev::barrier();
-  const auto sum = [&](int row, int column, int32_t (&to)[8]) {
+  const auto sum = [&](int row, int column, int32_t (&to)[kVector]) {
     BNB_UNROLL
-    for (int i = 0; i < 8; i += 4) {
+    for (int i = 0; i < kVector; i += 4) {
       const auto v = dev::load_shared<Bits<16>>(tile + row * c.sum_pitch() + column + i);
       BNB_UNROLL
       for (int j = 0; j < 4; ++j) to[i + j] = static_cast<int32_t>(v.word[j]);
     }
   };
-  constexpr int kTall = std::min(4, kRows / (kThreads / (kColumns / 8)));
-  apply_epilogue<kRows, kColumns, kThreads, kTall, 8>(e, staged, first_row, first_column, sum);
+  constexpr int kTall = std::min(4, kRows / (c.threads() / (kColumns / kVector)));
+  apply_epilogue<kRows, kColumns, c.threads(), kTall, kVector>(e, staged, first_row, first_column, sum);
 }
 
 std::string describe_config(const Plan& plan) {
