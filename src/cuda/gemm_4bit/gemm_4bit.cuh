@@ -106,7 +106,7 @@ BNB_TABLE Codebooks kCodebooks = make_codebooks();
 
 // Pairs of prescaled values in the lower half of each line, 4 bytes per lane; the upper half is free.
 template <class T> struct PrescaledPairs {
-  BNB_DEVICE static void fill(uint8_t* lines, QuantType type) {
+  BNB_DEVICE static void fill_table(uint8_t* lines, QuantType type) {
     const uint16_t* bits = kPrescaled<T>.bits[static_cast<int>(type)];
     for (unsigned i = dev::thread(); i < kLines * 8; i += dev::threads()) {
       const unsigned byte = i / 8;

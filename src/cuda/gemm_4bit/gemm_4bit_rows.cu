@@ -258,7 +258,7 @@ template <class T, Config c> BNB_KERNEL(c.threads(), 1) multiply(Weight4bit w, c
     for (int step = 0; step < c.steps; ++step) unit[step].load_all(unit[step].begin(w, scales, schedule.ahead(start, step)));
     Activations<c> x;
     load_activations<T, c>(a, m, k, start.column, x);
-    PrescaledPairs<T>::fill(s.lines[0], w.type);
+    PrescaledPairs<T>::fill_table(s.lines[0], w.type);
     dev::barrier();
 
     int buffer = 0;

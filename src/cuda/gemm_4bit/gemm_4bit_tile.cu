@@ -10,6 +10,8 @@
 // Two ways to decode. Exact: w = T(value * absmax), as dequantize_4bit gives. Sums are added in order of k, so a row of y depends neither
 // on m nor on the tile. Prescaled: values rounded to T, absmax multiplies the fp32 sum of a block (gemm_4bit.cuh has the error), which
 // takes less than half the instructions per weight.
+#include <type_traits>
+
 #include "cuda/gemm_4bit/gemm_4bit.cuh"
 
 namespace bnb::cuda::gemm {
@@ -21,13 +23,13 @@ constexpr int table_bytes(int arch) { return arch >= 80 ? kLines * kLine : 0; }
 
 // w of two codes. A line holds both values as floats, 8 bytes per lane; without the shared memory for that (sm_75) a lane holds value
 // lane % 16 and a shuffle is the lookup.
-template <class T> struct ExactPairs {
+template <class T> struct ExactDecoder {
   static constexpr bool kShuffle = table_bytes(dev::kArch) == 0;
   const uint8_t* lines;
   uint32_t lane_offset;
   float value;
 
-  BNB_DEVICE ExactPairs(uint8_t* to, QuantType type) : lines(to), lane_offset(dev::lane() * 8) {
+  BNB_DEVICE ExactDecoder(uint8_t* to, QuantType type) : lines(to), lane_offset(dev::lane() * 8) {
     const float* values = kCodebooks.values[static_cast<int>(type)];
     value = values[dev::lane() % 16];
     if constexpr (!kShuffle)
@@ -49,6 +51,23 @@ template <class T> struct ExactPairs {
     return dev::pack<T>(dev::mul(first, scale), dev::mul(second, scale));
   }
 };
+
+// The prescaled values of two codes.
+template <class T> class PrescaledDecoder {
+ public:
+  BNB_DEVICE PrescaledDecoder(uint8_t* table, QuantType type) : table_(table), lane_offset_(PrescaledPairs<T>::lane_offset()) {
+    PrescaledPairs<T>::fill_table(table, type);
+  }
+  BNB_DEVICE uint32_t operator()(uint32_t codes, int byte, float) const {
+    return PrescaledPairs<T>::pair(table_, codes, byte, lane_offset_);
+  }
+
+ private:
+  const uint8_t* table_;
+  uint32_t lane_offset_;
+};
+
+template <class T, bool exact> using Decoder = std::conditional_t<exact, ExactDecoder<T>, PrescaledDecoder<T>>;
 
 struct Config {
   int warps;
@@ -142,30 +161,6 @@ template <Config c> class WeightOperand {
   Scales scales_;
   int n_, k_, t_, end_, first_row_;
   uint32_t codes_[c.ahead()][c.row_tiles][2][2] = {}, fetched_[c.ahead()][c.row_tiles][2] = {};
-};
-
-// Decodes pairs of codes to pairs of T, by a table in shared memory.
-template <class T, bool exact> class Decoder {
- public:
-  BNB_DEVICE Decoder(uint8_t* table, QuantType type) : pairs_(table, type) {}
-  BNB_DEVICE uint32_t operator()(uint32_t codes, int byte, float scale) const { return pairs_(codes, byte, scale); }
-
- private:
-  ExactPairs<T> pairs_;
-};
-template <class T> class Decoder<T, false> {
- public:
-  BNB_DEVICE Decoder(uint8_t* table, QuantType type) : table_(table) {
-    PrescaledPairs<T>::fill(table, type);
-    lane_offset_ = PrescaledPairs<T>::lane_offset();
-  }
-  BNB_DEVICE uint32_t operator()(uint32_t codes, int byte, float) const {
-    return PrescaledPairs<T>::pair(table_, codes, byte, lane_offset_);
-  }
-
- private:
-  const uint8_t* table_;
-  uint32_t lane_offset_;
 };
 
 // ---- operand a: 16 bytes of a row per asynchronous copy into the stages; nothing is read past m and k, zeros are written
