@@ -99,6 +99,8 @@ class Mutator:
 
     def changed_tensor(self, t: torch.Tensor) -> Any:
         r = self.random
+        if t.is_meta or t.layout != torch.strided:  # by an earlier change: it has no elements to change
+            return t
         flat = t.detach().clone().reshape(-1)
         changes: list[Callable[[], Any]] = [
             lambda: flat[: r.randrange(flat.numel() + 1)],

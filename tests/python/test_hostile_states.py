@@ -150,6 +150,12 @@ def test_states_with_entries_on_the_meta_device() -> None:
         assert F.QuantState.from_dict(on_meta, "meta").absmax.is_meta
 
 
+def test_an_entry_of_several_tensors_in_one_is_refused() -> None:
+    items = quantized(True)[1].as_dict(packed=True)
+    for name in ("absmax", "nested_absmax"):
+        refused({**items, name: torch.nested.nested_tensor([items[name]])}, f"{name} has layout")
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),

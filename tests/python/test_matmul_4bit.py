@@ -278,3 +278,12 @@ def test_more_weights_than_31_bits_count(dtype: torch.dtype) -> None:
         ref.assert_bits(y[:, -last:].contiguous(), tail)
         head = gemm(x, packed[: last * k // 2], [last, k], absmax[: last * k // 64], 64, "nf4")
         ref.assert_bits(y[:, :last].contiguous(), head)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8,), (0, 8), (2, 3, 8)])
+def test_gradients_of_no_outputs_are_zero(shape: tuple[int, ...]) -> None:
+    layer = bnb.nn.Linear4bit(8, 0, compute_dtype=torch.float32).to("cpu")
+    x = torch.randn(shape, requires_grad=True)
+    layer(x).sum().backward()
+    ref.assert_bits(x.grad, torch.zeros(shape))
+    assert layer.bias.grad is None or layer.bias.grad.shape == (0,)

@@ -50,7 +50,7 @@ class MatMul4Bit(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_A = torch.matmul(grad, dequantized(ctx.weight, ctx.state, grad.dtype))
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = as_rows(grad).sum(0, dtype=ctx.bias_dtype)
         return grad_A, None, None, grad_bias, None
 
 

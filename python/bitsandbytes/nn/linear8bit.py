@@ -69,10 +69,11 @@ def maybe_rearrange_weight(
     if weight is None:
         return
     layout = state_dict.pop(f"{prefix}weight_format", "row")
-    if isinstance(layout, Tensor):
+    if isinstance(layout, Tensor) and layout.numel() == 1 and layout.device.type != "meta":
         layout = layout.item()
-    layout = INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.get(layout, layout)
-    if layout not in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING:
+    if isinstance(layout, int):
+        layout = INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.get(layout, layout)
+    if not isinstance(layout, str) or layout not in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING:
         known = ", ".join(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING)
         raise ValueError(f"{prefix}weight_format is {layout!r}, expected one of {known}")
     if layout != "row":
@@ -313,6 +314,13 @@ class Linear8bitLt(torch.nn.Linear):
         if not isinstance(SCB, Tensor) or SCB.shape != shape[:1]:
             found = f"has shape {tuple(SCB.shape)}" if isinstance(SCB, Tensor) else "is missing"
             return f"SCB {found}, expected {self.out_features} scales"
+        for name, value in (("", weight), ("SCB: ", SCB)):
+            if value.layout != torch.strided or value.is_nested:
+                return f"{name}its layout is {value.layout}, expected a dense tensor"
+            if value.is_meta and not self.weight.is_meta:
+                return f"{name}it is on the meta device, expected a tensor with data"
+        if not SCB.is_floating_point():
+            return f"SCB: its dtype is {SCB.dtype}, expected floating point scales"
         return ""
 
 

@@ -73,10 +73,14 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
 
 
+def _is_within(number: Any, low: float, high: float) -> bool:
+    return low <= number <= high and math.isfinite(number)  # a large int, which has no float, can be compared
+
+
 def _check_number(name: str, value: Any, low: float = 0.0, high: float = _LARGEST) -> None:
-    number = _plain(value)
+    number: Any = _plain(value)
     allowed = f"a finite number of {low:g} or more" if high == _LARGEST else f"numbers from {low:g} to {high:g}"
-    if not isinstance(number, Real) or not low <= (x := float(number)) <= high or not math.isfinite(x):
+    if not isinstance(number, Real) or not _is_within(number, low, high):
         raise ValueError(f"{_OP}: {name} is {value!r}, expected {allowed}")
 
 
