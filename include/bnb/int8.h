@@ -16,7 +16,7 @@
 
 namespace bnb {
 
-inline constexpr int kOutlierGroup = 16;  // outlier columns whose products are summed by themselves, then added to those before
+inline constexpr int kOutlierGroup = 16;                          // outlier columns are accumulated in groups of 16, the groups in order
 inline constexpr int64_t kMaxInt8Depth = (int64_t{1} << 17) - 1;  // k for which no sum of k products leaves int32
 
 constexpr int64_t outlier_words(int64_t columns) { return columns / 64 + (columns % 64 != 0); }

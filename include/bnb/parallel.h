@@ -10,7 +10,7 @@
 namespace bnb {
 
 // Calls body(context, begin, end) on disjoint ranges that cover [0, count), in any order, on any threads, and returns when all are done.
-// Ranges hold at least `grain` items, but for one. body does not throw.
+// Every range except possibly one has at least `grain` items. body does not throw.
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, void* context);
 

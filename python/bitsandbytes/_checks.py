@@ -34,6 +34,13 @@ def tensor(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a torch.Tensor")
 
 
+def odd_layout(value: torch.Tensor) -> str:
+    """The layout of a tensor that does not hold its elements as floats or codes in memory; empty if it does."""
+    if value.is_nested:
+        return "nested"
+    return "quantized" if value.is_quantized else "" if value.layout == torch.strided else str(value.layout)
+
+
 def state(op: str, value: Any) -> None:
     if not hasattr(value, "absmax"):
         raise TypeError(f"{op}: quant_state is {type(value).__name__}, expected a QuantState")

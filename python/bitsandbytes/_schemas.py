@@ -3,6 +3,7 @@
 A field that is a NamedTuple itself stands for its fields. What the operator writes is Annotated with its alias: "a!".
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -47,6 +48,12 @@ def schema_of(fields: type, returns: str = "()", *more: str) -> str:
     return f"({', '.join((*_arguments(fields), *more))}) -> {returns}"
 
 
+@functools.cache
+def _kinds(fields: Any) -> tuple[tuple[str, Any], ...]:
+    """The fields by name, each with its own type if that is a group, else None."""
+    return tuple((name, kind if _is_group(kind) else None) for name, kind in get_type_hints(fields).items())
+
+
 def gather(fields: type[T], arguments: Sequence[Any]) -> T:
     """The NamedTuple of an operator's arguments by position; those left out at the end have their defaults."""
     rest = iter(arguments)
@@ -54,8 +61,8 @@ def gather(fields: type[T], arguments: Sequence[Any]) -> T:
 
     def build(kind: Any) -> Any:
         values = {}
-        for name, inner in get_type_hints(kind).items():
-            value = build(inner) if _is_group(inner) else next(rest, missing)
+        for name, group in _kinds(kind):
+            value = next(rest, missing) if group is None else build(group)
             if value is not missing:
                 values[name] = value
         return kind(**values)

@@ -31,6 +31,9 @@ struct ScratchError : std::bad_alloc {
   int64_t bytes;
 };
 
+// Block sizes of 4-bit weights, and of nested scales that a product takes.
+constexpr bool is_blocksize(int64_t n) { return n >= kMinBlocksize && n <= kMaxBlocksize && (n & (n - 1)) == 0; }
+
 class Checker {
  public:
   explicit Checker(std::string_view op) : op_(op) {}
@@ -111,7 +114,7 @@ class Checker {
   }
 
   void blocksize(int64_t given, std::string_view argument = "blocksize") const {
-    that(given >= kMinBlocksize && given <= kMaxBlocksize && (given & (given - 1)) == 0, argument, given, "a power of two from 32 to 4096");
+    that(is_blocksize(given), argument, given, "a power of two from 32 to 4096");
   }
 
   void any_blocksize(int64_t given) const { that(given >= 1, "blocksize", given, "1 or more"); }

@@ -112,7 +112,7 @@ class Items {
   int64_t blocksize(std::string_view key, bool listed) const {
     const Entry& e = at(key);
     const auto value = integer(e.json());
-    if (!value || *value < 1 || (listed && (*value < kMinBlocksize || *value > kMaxBlocksize || (*value & (*value - 1)) != 0)))
+    if (!value || *value < 1 || (listed && !is_blocksize(*value)))
       wrong(e, listed ? "a power of two from 32 to 4096" : "a whole number of 1 or more");
     return *value;
   }

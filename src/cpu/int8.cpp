@@ -8,7 +8,7 @@
 namespace bnb {
 namespace {
 
-// Both outputs but for the codes of outlier columns. With a threshold `outliers` holds the columns of this call alone.
+// Both outputs except the codes of outlier columns. With a threshold `outliers` holds the columns of this call alone.
 void quantize_rows(const QuantizeInt8& d) {
   const auto& kernels = cpu::active();
   const int64_t words = d.threshold > 0 ? outlier_words(d.columns) : 0;

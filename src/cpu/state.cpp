@@ -4,12 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cstring>
 
 #include "common/check.h"
-#include "common/convert.h"
-#include "common/formats.h"
-#include "cpu/gemm/driver.h"
 
 namespace bnb {
 namespace {
@@ -85,10 +81,7 @@ Absmax view_of(const BlockScales& s) {
   return {.codes = s.codes, .code = s.code, .nested = s.second, .nested_blocksize = s.second_blocksize, .offset = s.offset};
 }
 // What gemm_4bit multiplies with as they are.
-bool is_native(const BlockScales& s) {
-  const int64_t b = s.second_blocksize;
-  return !s.nested || (b >= kMinBlocksize && b <= kMaxBlocksize && (b & (b - 1)) == 0);
-}
+bool is_native(const BlockScales& s) { return !s.nested || is_blocksize(s.second_blocksize); }
 
 }  // namespace
 
@@ -205,7 +198,8 @@ int64_t rows_of(ConstView a, const Shape& w, ConstView out) {
 void gemm_into(ConstView a, const Quantized4bit& w, View out, ConstView bias) {
   elements_of(w);
   const int64_t m = rows_of(a, w.shape, out);
-  const std::vector<float> decoded = is_native(w.scales) ? std::vector<float>() : decode(w.scales);
+  const bool native = is_native(w.scales);
+  const std::vector<float> decoded = native ? std::vector<float>() : decode(w.scales);
   const int64_t n = w.shape[0], k = w.shape[1];
   gemm_4bit({.type = w.type,
              .blocksize = w.blocksize,
@@ -214,7 +208,7 @@ void gemm_into(ConstView a, const Quantized4bit& w, View out, ConstView bias) {
              .k = k,
              .a = a,
              .codes = w.codes,
-             .absmax = is_native(w.scales) ? view_of(w.scales) : Absmax{.values = decoded},
+             .absmax = native ? view_of(w.scales) : Absmax{.values = decoded},
              .bias = bias,
              .out = out});
 }
@@ -232,31 +226,6 @@ void gemm_into(ConstView a, const QuantizedInt8& w, View out, const Int8Product&
                .weight_scale = w.scale,
                .bias = options.bias,
                .out = out});
-}
-
-float to_fp32(Half x) { return to_float(x); }
-float to_fp32(BFloat16 x) { return to_float(x); }
-Half to_fp16(float x) { return rounded<Half>(x); }
-BFloat16 to_bf16(float x) { return rounded<BFloat16>(x); }
-
-void convert(ConstView from, View to) {
-  const Checker check("convert");
-  const Memory source = check.view("from", from), target = check.view("to", to);
-  check.equal("to", to.size, from.size, "as many as in from");
-  check.apart({target}, {source});
-  visit(from.dtype, [&](auto from_type) {
-    visit(to.dtype, [&](auto to_type) {
-      using From = decltype(from_type);
-      using To = decltype(to_type);
-      parallel_for(from.size, kGrainElements, [&](int64_t begin, int64_t end) {
-        if constexpr (std::is_same_v<From, To>)
-          std::memcpy(static_cast<To*>(to.data) + begin, static_cast<const From*>(from.data) + begin, (end - begin) * sizeof(To));
-        else
-          for (int64_t i = begin; i < end; ++i)
-            write(static_cast<To*>(to.data) + i, rounded<To>(read(static_cast<const From*>(from.data) + i)));
-      });
-    });
-  });
 }
 
 }  // namespace bnb

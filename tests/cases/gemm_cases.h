@@ -62,7 +62,7 @@ struct Weight {
 // Norm-wise limits of the issue for f32 and bf16; f16 rounds to 11 bits.
 template <class T> inline constexpr double kNormLimit = sizeof(T) == 4 ? 1e-6 : std::is_same_v<T, Half> ? 5e-4 : 3e-3;
 
-// The result is the sum in fp64, but for the rounding of sums of k products (elementwise) and of the output.
+// The result is the sum in fp64, except for the rounding of sums of k products (elementwise) and of the output.
 // W: the type that weights are rounded to. `weight_error`: a bound of what else weights may be off by, relatively.
 template <class W, class T>
 ::testing::AssertionResult close(const std::vector<T>& y, const Weight& w, const std::vector<T>& a, int64_t m,

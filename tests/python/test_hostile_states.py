@@ -129,6 +129,8 @@ def test_packed_codes_are_not_read_with_the_statistics_of_others(assign: bool, s
         "absmax, quant_map and quant_state are missing": {"weight": packed},
         "absmax is on the meta device": saved | {"weight.absmax": saved["weight.absmax"].to("meta")},
     }
+    cases["its layout is torch.sparse_coo"] = saved | {"weight": packed.to_sparse()}
+    cases["its layout is nested"] = saved | {"weight": torch.nested.nested_tensor([packed])}
     if not assign:  # which makes a layer on the meta device
         cases["its tensor is on the meta device"] = saved | {"weight": packed.to("meta")}
     for message, broken in cases.items():

@@ -303,6 +303,11 @@ def wrong_states() -> dict[str, tuple[dict[str, Any], str]]:
         "scales of bool": ({**state, "SCB": state["SCB"] > 0}, r"SCB: its dtype is torch\.bool"),
         "sparse scales": ({**state, "SCB": state["SCB"].to_sparse()}, r"SCB: its layout is torch\.sparse_coo"),
         "sparse codes": ({**state, "weight": state["weight"].to_sparse()}, r"weight: its layout is torch\.sparse_coo"),
+        "nested scales": ({**state, "SCB": torch.nested.nested_tensor([state["SCB"]])}, "SCB: its layout is nested"),
+        "nested codes": (
+            {**state, "weight": torch.nested.nested_tensor([state["weight"]])},
+            "weight: its layout is nested",
+        ),
         "scales on meta": ({**state, "SCB": state["SCB"].to("meta")}, "SCB: it is on the meta device"),
         "codes on meta": ({**state, "weight": state["weight"].to("meta")}, "weight: it is on the meta device"),
         "one more": ({**state, "more": torch.zeros(1)}, "Unexpected key.*more"),

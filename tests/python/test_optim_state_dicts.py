@@ -152,6 +152,8 @@ BROKEN = [
     (change("qmap1", lambda t: t * torch.nan), r"state\[0\].qmap1 is not in ascending order"),
     (change("qmap2", lambda t: t[:16]), r"state\[0\].qmap2 has size 16, expected 256"),
     (lambda saved: saved["param_groups"][0].update(lr=10**400), r"param_groups\[0\].lr is 1000"),
+    (change("state2", lambda t: torch.nested.nested_tensor([t])), r"state\[0\].state2 has layout nested"),
+    (change("absmax1", lambda t: t.to_sparse()), r"state\[0\].absmax1 has layout torch.sparse_coo"),
     (without("state2"), r"state\[0\].state2 is missing"),
     (without("qmap1"), r"state\[0\].qmap1 is missing"),
     (without("absmax2"), r"state\[0\].absmax2 is missing"),

@@ -123,8 +123,8 @@ class Items:
             self._fail(name, f"is {type(value).__name__}, not a tensor", "a tensor")
         if value.is_meta and not self._to_meta:
             self._fail(name, "is on the meta device", "a tensor with data")
-        if value.layout != torch.strided or value.is_quantized or value.is_nested:
-            self._fail(name, f"has layout {value.layout}", "a dense tensor")
+        if layout := check.odd_layout(value):
+            self._fail(name, f"has layout {layout}", "a dense tensor")
         if value.dtype != dtype if dtype is not None else not value.is_floating_point():
             self._fail(name, f"has dtype {check.listing([value.dtype])}", check.listing([dtype or "floating point"]))
         if count is not None and value.numel() != count:

@@ -229,6 +229,8 @@ class Linear4bit(torch.nn.Linear):
         device = packed.device if assign or old.is_meta else old.device
         if not stats:
             raise ValueError("its absmax, quant_map and quant_state are missing, expected them beside packed codes")
+        if layout := check.odd_layout(packed):
+            raise ValueError(f"its layout is {layout}, expected a dense tensor")
         if packed.is_meta and device.type != "meta":
             raise ValueError(f"its tensor is on the meta device, expected one with data for {device}")
         state = QuantState.from_dict(stats, device)

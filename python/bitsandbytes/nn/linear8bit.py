@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from typing_extensions import Self
 
+from .. import _checks as check
 from .. import _ops_int8
 from .._derivatives import derivatives_wanted
 from ..autograd._functions import MatMul8bitLt, MatmulLtState, int8_product, quantized_rows
@@ -302,6 +303,9 @@ class Linear8bitLt(torch.nn.Linear):
     def _wrong_codes(self, weight: Tensor, SCB: Any, assign: bool) -> str:
         """What is wrong with a weight to be loaded, if it or the weight of this layer is int8."""
         shape = (self.out_features, self.in_features)
+        for name, value in (("", weight), ("SCB: ", SCB)):
+            if isinstance(value, Tensor) and (layout := check.odd_layout(value)):
+                return f"{name}its layout is {layout}, expected a dense tensor"
         if weight.shape != shape:
             return f"size mismatch: its shape is {tuple(weight.shape)}, expected {shape}"
         if weight.dtype != torch.int8:
@@ -315,8 +319,6 @@ class Linear8bitLt(torch.nn.Linear):
             found = f"has shape {tuple(SCB.shape)}" if isinstance(SCB, Tensor) else "is missing"
             return f"SCB {found}, expected {self.out_features} scales"
         for name, value in (("", weight), ("SCB: ", SCB)):
-            if value.layout != torch.strided or value.is_nested:
-                return f"{name}its layout is {value.layout}, expected a dense tensor"
             if value.is_meta and not self.weight.is_meta:
                 return f"{name}it is on the meta device, expected a tensor with data"
         if not SCB.is_floating_point():

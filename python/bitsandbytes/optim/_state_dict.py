@@ -127,8 +127,8 @@ def _tensor(name: str, entry: Mapping[str, Any], key: str, like: Tensor) -> Tens
         raise ValueError(f"{_OP}: {name}.{key} is missing, expected a tensor")
     if not isinstance(entry[key], Tensor):
         raise ValueError(f"{_OP}: {name}.{key} is {type(entry[key]).__name__}, expected a tensor")
-    if entry[key].layout != torch.strided:
-        raise ValueError(f"{_OP}: {name}.{key} has layout {entry[key].layout}, expected a dense tensor")
+    if layout := check.odd_layout(entry[key]):
+        raise ValueError(f"{_OP}: {name}.{key} has layout {layout}, expected a dense tensor")
     if entry[key].is_meta and not like.is_meta:
         raise ValueError(f"{_OP}: {name}.{key} is on meta, expected a tensor with values")
     return entry[key]

@@ -82,7 +82,8 @@ def new_state(
     blocks: int | None,
     qmap: QMap,
 ) -> State:
-    """The state before the first step: codes with scales of so many blocks, or fp32. `buffer` makes a single one."""
+    """The state before the first step: codes with the scales of `blocks` blocks each, fp32 if that
+    is None. `buffer` makes one state of the shape of p."""
     dtype = torch.float32 if blocks is None else torch.uint8
     state: State = {"step": 0}
     for number in (1, 2) if rule in TWO_STATES else (1,):

@@ -195,7 +195,7 @@ template <class Isa> class LanesGemm8 {
 
   const GemmInt8& d_;
   const char* x_;
-  int64_t bytes_, stride_;  // of a row of b as it is multiplied, but for its last incomplete word
+  int64_t bytes_, stride_;  // of a row of b as it is multiplied, without its last incomplete word
   Finish8<Isa> finish_;
   Scratch scratch_;
   char* wide_;

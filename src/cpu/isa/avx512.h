@@ -237,7 +237,7 @@ struct Avx512Bf16 : Avx512 {
   using GemmInt8Ops = Avx512VnniGemmInt8;
   using Bf16DotOps = Avx512Bf16Dot;
 
-  // To bf16 by the conversion instructions, but for subnormals, which those take for zero.
+  // To bf16 by the conversion instructions, except subnormals, which those take for zero.
   BNB_INLINE static __mmask16 subnormal(F32 x) { return _mm512_fpclass_ps_mask(x, 0x20); }
   using Avx512::store;
   BNB_INLINE static void store(BFloat16* p, F32 x) {

@@ -1,4 +1,4 @@
-// The table of one instruction set, made of the generic kernels. Included once in each isa_*.cpp, after its simd header.
+// The table of one instruction set, made of the generic kernels. Included once in each isa_*.cpp, after the header of the set.
 #pragma once
 
 #include "cpu/gemm/gemm_4bit.h"

@@ -1,5 +1,6 @@
-// The table of CPU kernels: one entry an operation, one table an instruction set. Dispatch, tests and benchmarks iterate it.
-// Arguments are checked by src/cpu/blockwise.cpp before a kernel sees them; a kernel gets a Range of independent units of work.
+// The table of CPU kernels: one entry per operation, one table per instruction set. Dispatch and tests iterate it.
+// Arguments are checked by the public functions (src/cpu/*.cpp) before a kernel sees them; a kernel gets a Range of independent units of
+// work.
 #pragma once
 
 #include <bnb/gemm.h>
@@ -25,13 +26,13 @@ struct Range {
 // Whether large outputs go past the caches. Memory whose pages were mapped a moment ago is in the caches already.
 enum class Stores : uint8_t { cached, streaming };
 
-// The decision rule of a sorted 256-entry map, made once a call (src/cpu/kernels/codebook8.h).
+// The decision rule of a sorted 256-entry map, made once per call (cpu/kernels/codebook8.h).
 struct Encoder8;
 
 inline constexpr int64_t kInt8Columns = 64;  // that quantize_columns_int8 takes at once
 
 // A product in two steps: `pack` brings rows of a into the order and type in which `run` wants them (written to scratch of pack_bytes),
-// `run` computes columns [begin, end) of y for all m rows. Columns come in multiples of `column_step`, but for the last.
+// `run` computes columns [begin, end) of y for all m rows. Columns come in multiples of `column_step`, except the last.
 template <class D> struct Product {
   int64_t column_step;
   int64_t (*pack_bytes)(const D&);
@@ -127,8 +128,8 @@ extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kAvx512Bf16, kAmx;
 // The tables this build holds and this machine runs, best first.
 std::span<const Kernels* const> supported();
 
-// Adds a table to them, as the last but for `scalar`, which stays. To be called before anything asks for them: an instruction set in the
-// making can be tried, and the tests have one of their own (tests/cpu/isa).
+// Adds a table to them, just before `scalar`. To be called before anything asks for them: for an instruction set under development, and
+// for that of the tests (tests/cpu/isa).
 void add_table(const Kernels&);
 
 // The table in use (BNB_FORCE_ISA, force_isa). Throws Error{unsupported} if the forced one cannot run here.

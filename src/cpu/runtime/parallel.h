@@ -30,7 +30,7 @@ template <class T> T& process_wide() {
 }
 
 // A job of `count` units, in at most as many equal shares as there are threads, of which long ones are cut into up to four chunks; each is
-// of `grain` units or more, but for the last. A thread takes those of its own share first, for it may have their data in its cache since
+// of `grain` units or more, except the last. A thread takes those of its own share first, for it may have their data in its cache since
 // the last call, then what others have left, so that none waits for a thread that is late or slow.
 class Chunks {
  public:

@@ -81,7 +81,7 @@ struct Config {
   constexpr int out_pitch() const { return columns() + 8; }  // elements of a row of the tile of y in shared memory
   // Steps that codes are loaded before their use: with many tiles a step takes longer.
   constexpr int ahead() const { return tiles > 4 ? 1 : 3; }
-  // A step is four mma along k. Weights are decoded for so many of them at once, as registers allow.
+  // A step is four mma along k. Weights are decoded for several of them at once, as many as registers allow.
   constexpr int passes() const { return exact || tiles > 4 ? 2 : 1; }
   constexpr int mma_per_pass() const { return 4 / passes(); }
   uint32_t shared(int arch) const {

@@ -19,7 +19,7 @@ namespace {
 // Up to this size of x, each block reading all of x from the cache is faster than two more launches.
 constexpr int64_t kTogetherBytes = int64_t{128} << 10;
 
-// Threads per block for rows of so many units: four units each.
+// Threads per block for rows of `units` units: four units each.
 constexpr int64_t kMostThreads = 1024;
 uint32_t threads_for(int64_t units) {
   return static_cast<uint32_t>(std::clamp<int64_t>(ceil_div(units, kUnits * dev::kWarp), 1, kMostThreads / dev::kWarp) * dev::kWarp);
@@ -188,7 +188,7 @@ dequantize_rows(const uint8_t* codes, const float* scale, int64_t rows, int64_t 
   }
 }
 
-// Blocks of a grid for so many units of work, over which they loop.
+// Blocks of a grid that loops over `units` units of work.
 uint32_t blocks_for(int64_t work, int64_t per_sm = int64_t{1} << 20) {
   return static_cast<uint32_t>(std::min<int64_t>({work, per_sm * dev::device().sms, INT32_MAX}));
 }

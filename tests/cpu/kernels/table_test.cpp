@@ -1,5 +1,5 @@
 // Every member of every table: a kernel's units of work are independent (all at once, or one by one, the last first), and the bytes are
-// those of the scalar table, but for the order in which a 4-bit product adds. A member that has no case here is a failure.
+// those of the scalar table, except for the order in which a 4-bit product adds. A member that has no case here is a failure.
 #include <bnb/codebook.h>
 #include <bnb/gemm.h>
 

@@ -28,7 +28,7 @@ class Parallel : public ::testing::TestWithParam<int> {
 };
 INSTANTIATE_TEST_SUITE_P(Threads, Parallel, ::testing::Values(1, 2, 3, 5, 16), ::testing::PrintToStringParamName());
 
-// Every item exactly once; ranges of at least the grain, but for one.
+// Every item exactly once; ranges of at least the grain, except possibly one.
 void expect_covers(int64_t count, int64_t grain) {
   std::vector<std::atomic<int>> hits(static_cast<size_t>(count));
   std::atomic<int> small{0};
